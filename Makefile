@@ -1,0 +1,51 @@
+# Needs make and Python 3.11 or newer. Everything else is installed into .venv, once.
+PYTHON ?= python3
+ARGS ?=
+ENGINE ?= docker
+IMAGE ?= filterpress:dev
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test lint format bench image clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+demo: $(STAMP) ## train a small network, compress it in the loop, release it to runs/demo
+	$(BIN)/python pipeline.py run --out runs/demo $(ARGS)
+
+install: $(STAMP) ## create .venv with everything in it
+
+test: $(STAMP) ## every test; fewer with ARGS="-m 'not slow'"
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP) ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## reproduce the results of README.md
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+image: ## build the image that the pipeline's steps run in
+	$(ENGINE) build -f docker/stage.Dockerfile -t $(IMAGE) .
+
+clean: ## remove what was built; keeps .venv and runs/
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache local_outputs
+	find src tests components benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "filterpress needs Python 3.11 or newer; $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>&1 || echo missing). Name another: make PYTHON=python3.11"; \
+		exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	@touch $@
