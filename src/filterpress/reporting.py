@@ -1,0 +1,349 @@
+"""The story of a package as one HTML page, and its numbers as rows for a terminal.
+
+The page holds everything itself (inline SVG and CSS, no script, nothing fetched), so it can be
+mailed, stored beside the package, and shown by Kubeflow in its sandboxed frame. Reports are read
+leniently: what a stage did not say is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from filterpress import chart
+from filterpress.errors import PackageError
+
+Report = Mapping[str, Any]
+
+_COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
+_SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", *_COLUMNS}
+_NUMERIC = {"#", "Bytes", "Ratio", "Validation", "Test", "Parameters", "Multiply-adds"}
+_NUMERIC |= {"Bits a weight", "Distortion"}
+_RIGHT = ' class="n"'
+_OUTCOMES = {
+    "publish": "Both thresholds hold",
+    "retrain": "Not accurate enough yet",
+    "next": "Not accurate enough in this round",
+    "give-up": "Given up: not accurate enough",
+    "too-big": "Over the size budget",
+}
+
+
+def write_html(package: Path, out: Path) -> None:
+    """Write the page that tells how a package came about.
+
+    Args:
+        package: Package directory; only its ``model.json`` is read.
+        out: File to write; it appears whole or not at all.
+
+    Raises:
+        PackageError: ``model.json`` is missing or is no JSON object.
+    """
+    source = package / "model.json"
+    try:
+        model = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{source} cannot be read: {error}") from error
+    if not isinstance(model, dict):
+        raise PackageError(f"{source} must hold a JSON object, got {type(model).__name__}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(render(model))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out)
+
+
+def render(model: Report) -> str:
+    """Make the page of a ``model.json``.
+
+    Args:
+        model: The object in ``model.json``; the page is made of its ``history`` and ``baseline``.
+
+    Returns:
+        One HTML document that refers to nothing outside itself.
+
+    Example:
+        >>> page = render({"model": "<b>", "history": [{"stage": "train", "n_bytes": 10}]})
+        >>> "&lt;b&gt;" in page, "<b>" in page
+        (True, False)
+    """
+    history = [entry for entry in _list(model.get("history")) if isinstance(entry, Mapping)]
+    final = _final(model, history)
+    page = Template(resources.files("filterpress").joinpath("report.html").read_text("utf-8"))
+    return page.substitute(
+        title=escape(f"filterpress: {model.get('model', 'network')}"),
+        network=escape(_network(model)),
+        outcome="good" if final.get("decision") == "publish" else "open",
+        verdict=escape(verdict(final)),
+        cards="".join(_card(*card) for card in _cards(final)),
+        chart=_chart_section(history, final),
+        layers=_layers_section(history),
+        stages=_stages_section(history),
+    )
+
+
+def verdict(report: Report) -> str:
+    """Say in one line how a run ended.
+
+    Args:
+        report: Report of ``evaluate`` or ``compress``.
+
+    Example:
+        >>> verdict({"decision": "publish", "n_bytes": 8000, "ratio": 12.0, "accuracy": 0.95,
+        ...          "baseline_accuracy": 0.955})
+        'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % accurate (-0.50 points).'
+    """
+    outcome = _OUTCOMES.get(str(report.get("decision", "")), "Not evaluated yet")
+    n_bytes, ratio = _number(report, "n_bytes"), _ratio(report)
+    accuracy = _number(report, "accuracy")
+    facts = [
+        "" if n_bytes is None else f"{n_bytes:,.0f} bytes",
+        "" if ratio is None else f"{ratio:,.1f} times smaller",
+        "" if accuracy is None else f"{accuracy:.2%} accurate".replace("%", " %") + _change(report),
+    ]
+    told = ", ".join(fact for fact in facts if fact)
+    return f"{outcome}: {told}." if told else f"{outcome}."
+
+
+def summary_rows(report: Report) -> list[tuple[str, str]]:
+    """Give the numbers of a report as labelled text, for a table in a terminal.
+
+    Args:
+        report: Report of ``evaluate`` or ``compress``; what it lacks is left out.
+
+    Returns:
+        Pairs of label and value, in reading order.
+
+    Example:
+        >>> summary_rows({"n_bytes": 8000, "baseline_bytes": 96000, "accuracy": 0.95})
+        [('Size', '8,000 bytes, 12.0x smaller than 96,000'), ('Accuracy', '95.00 % (test)')]
+    """
+    rows = [(label, _joined(value, note)) for label, value, note in _cards(report)]
+    validation = _percent(_number(report, "validation_accuracy"))
+    tries = [
+        f"{count:.0f} {noun}{'' if count == 1 else 's'}"
+        for key, noun in (("round", "round"), ("retrains", "retrain"))
+        if (count := _number(report, key)) is not None
+    ]
+    rows += [
+        ("Validation", validation),
+        ("Decision", _text(report.get("decision"))),
+        ("Tries", ", ".join(tries)),
+        ("Digest", _text(report.get("sha256"))),
+        ("Release", _text(report.get("release"))),
+        ("Page", _text(report.get("html"))),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _number(report: Report, key: str) -> float | None:
+    value = report.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _size(report: Report, key: str) -> float | None:
+    value = _number(report, key)
+    return value if value is not None and value >= 1 else None
+
+
+def _fraction(report: Report, key: str) -> float | None:
+    value = _number(report, key)
+    return value if value is not None and 0 <= value <= 1 else None
+
+
+def _list(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _count(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:,.0f}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _joined(value: str, note: str) -> str:
+    return value if not note else f"{value} {note}" if note.startswith("(") else f"{value}, {note}"
+
+
+def _ratio(report: Report) -> float | None:
+    ratio = _number(report, "ratio")
+    n_bytes, baseline = _number(report, "n_bytes"), _number(report, "baseline_bytes")
+    if ratio is None and n_bytes and baseline:
+        return baseline / n_bytes
+    return ratio
+
+
+def _change(report: Report) -> str:
+    accuracy, baseline = _number(report, "accuracy"), _number(report, "baseline_accuracy")
+    if accuracy is None or baseline is None:
+        return ""
+    return f" ({100 * (accuracy - baseline):+.2f} points)"
+
+
+def _final(model: Report, history: Sequence[Report]) -> dict[str, Any]:
+    """Take the last report with a decision, else the last one, and add the baseline's numbers."""
+    decided = [entry for entry in history if entry.get("decision")]
+    final = dict((decided or history or [{}])[-1])
+    baseline = model.get("baseline")
+    if isinstance(baseline, Mapping):
+        for key, value in baseline.items():
+            name = "bytes" if key == "n_bytes" else str(key)
+            final.setdefault(f"baseline_{name}", value)
+    return final
+
+
+def _network(model: Report) -> str:
+    shape = " x ".join(map(str, _list(model.get("input_shape"))))
+    classes = f"{model['n_classes']} classes" if "n_classes" in model else ""
+    return " · ".join(part for part in (_text(model.get("model")), shape, classes) if part)
+
+
+def _cards(report: Report) -> list[tuple[str, str, str]]:
+    """Give label, value and note of each headline number that is known."""
+    ratio, baseline_bytes = _ratio(report), _number(report, "baseline_bytes")
+    smaller = "" if ratio is None else f"{ratio:,.1f}x smaller"
+    if smaller and baseline_bytes is not None:
+        smaller += f" than {baseline_bytes:,.0f}"
+    baseline = _percent(_number(report, "baseline_accuracy"))
+    compared = f"{_change(report).strip()[1:-1]} from {baseline}" if _change(report) else "(test)"
+    cards = [
+        ("Size", _count(_number(report, "n_bytes"), " bytes"), smaller),
+        ("Accuracy", _percent(_number(report, "accuracy")), compared),
+    ]
+    for label, key in (("Parameters", "n_parameters"), ("Multiply-adds", "macs")):
+        before = _count(_number(report, f"baseline_{key}"))
+        cards.append((label, _count(_number(report, key)), f"from {before}" if before else ""))
+    return [card for card in cards if card[1]]
+
+
+def _card(label: str, value: str, note: str) -> str:
+    return (
+        f'<div class="card"><dt>{escape(label)}</dt>'
+        f'<dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
+    )
+
+
+def _name(entry: Report) -> str:
+    name, round = _text(entry.get("stage")) or "stage", _number(entry, "round")
+    return name if round is None else f"{name}, round {round:.0f}"
+
+
+def _chart_section(history: Sequence[Report], final: Report) -> str:
+    """Draw the path on the validation set, which thresholds are about, or else on the test set."""
+    for split, key in (("Validation", "validation_accuracy"), ("Test", "accuracy")):
+        points = [
+            chart.Point(number, _name(entry), n_bytes, accuracy)
+            for number, entry in enumerate(history, 1)
+            if (n_bytes := _size(entry, "n_bytes")) is not None
+            if (accuracy := _fraction(entry, key)) is not None
+        ]
+        if points:
+            max_bytes = _size(final, "max_bytes")
+            min_accuracy = _fraction(final, "min_accuracy")
+            drawing = chart.draw(
+                points, split=split, max_bytes=max_bytes, min_accuracy=min_accuracy
+            )
+            return _section("Path", drawing)
+    return ""
+
+
+def _stages_section(history: Sequence[Report]) -> str:
+    if not history:
+        return ""
+    rows = "".join(_stage_row(number, entry) for number, entry in enumerate(history, 1))
+    head = _head("#", "Stage", "Outcome", "Bytes", "Ratio", "Validation", "Test")
+    return _section("Stages", _table(head + _head("Parameters", "Multiply-adds", "More"), rows))
+
+
+def _stage_row(number: int, entry: Report) -> str:
+    ratio = _ratio(entry)
+    outcome = _text(entry.get("decision") or entry.get("state"))
+    numbers = (
+        _count(_number(entry, "n_bytes")),
+        "" if ratio is None else f"{ratio:,.1f}x",
+        _percent(_number(entry, "validation_accuracy")),
+        _percent(_number(entry, "accuracy")),
+        _count(_number(entry, "n_parameters")),
+        _count(_number(entry, "macs")),
+    )
+    return (
+        f'<tr><td class="n">{number}</td><th scope="row">{escape(_name(entry))}</th>'
+        f"<td>{escape(outcome)}</td>{_cells(numbers)}<td>{_more(entry)}</td></tr>"
+    )
+
+
+def _more(entry: Report) -> str:
+    rest = {key: value for key, value in entry.items() if key not in _SHOWN_ELSEWHERE}
+    if not rest:
+        return ""
+    lines = "".join(
+        f"<dt>{escape(str(key))}</dt>"
+        f"<dd>{escape(value if isinstance(value, str) else json.dumps(value, default=str))}</dd>"
+        for key, value in rest.items()
+    )
+    return f"<details><summary>{len(rest)} values</summary><dl>{lines}</dl></details>"
+
+
+def _layers_section(history: Sequence[Report]) -> str:
+    with_layers = [entry for entry in history if _list(entry.get("layers"))]
+    if not with_layers:
+        return ""
+    layers = [layer for layer in with_layers[-1]["layers"] if isinstance(layer, Mapping)]
+    largest = max((_number(layer, "n_bytes") or 0 for layer in layers), default=0)
+    rows = "".join(_layer_row(layer, largest) for layer in layers)
+    head = _head("Layer", "Bytes", "", "Ratio", "Bits a weight", "Distortion", "Action", "Shape")
+    return _section("Layers", _table(head, rows))
+
+
+def _layer_row(layer: Report, largest: float) -> str:
+    n_bytes, ratio = _number(layer, "n_bytes"), _ratio(layer)
+    bits, distortion = _number(layer, "bits_per_weight"), _number(layer, "distortion")
+    share = 100 * (n_bytes or 0) / largest if largest > 0 else 0
+    shape = " x ".join(map(str, _list(layer.get("shape"))))
+    numbers = (
+        "" if ratio is None else f"{ratio:,.1f}x",
+        "" if bits is None else f"{bits:.2f}",
+        "" if distortion is None else f"{distortion:.2g}",
+    )
+    return (
+        f'<tr><th scope="row">{escape(_text(layer.get("name")))}</th>{_cells([_count(n_bytes)])}'
+        f'<td class="bar"><i style="width:{max(0.0, share):.1f}%"></i></td>{_cells(numbers)}'
+        f"<td>{escape(_text(layer.get('action')))}</td><td>{escape(shape)}</td></tr>"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _table(head: str, rows: str) -> str:
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _head(*titles: str) -> str:
+    return "".join(
+        f'<th scope="col"{_RIGHT if title in _NUMERIC else ""}>{escape(title)}</th>'
+        for title in titles
+    )
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f'<td class="n">{escape(text)}</td>' for text in texts)

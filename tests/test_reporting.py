@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from filterpress import chart, reporting
+from filterpress.errors import PackageError
+
+VOID = {"meta", "line", "rect", "polyline"}
+BASELINE = {
+    "n_bytes": 95_312,
+    "accuracy": 0.9722,
+    "validation_accuracy": 0.9757,
+    "n_parameters": 23_828,
+    "macs": 1_204_736,
+}
+
+
+def layer(name, shape, n_bytes, action, *, bits, distortion):
+    n_weights = 1
+    for size in shape:
+        n_weights *= size
+    return {
+        "name": name,
+        "shape": shape,
+        "n_bytes": n_bytes,
+        "baseline_bytes": 4 * n_weights,
+        "action": action,
+        "bits_per_weight": bits,
+        "distortion": distortion,
+    }
+
+
+LAYERS = [
+    layer("stem", [16, 1, 3, 3], 98, "quantize", bits=5.4, distortion=1.2e-4),
+    layer("blocks.0.conv1", [14, 16, 3, 3], 1_020, "prune, quantize", bits=4.0, distortion=3.1e-4),
+    layer("blocks.0.conv2", [16, 14, 3, 3], 940, "quantize", bits=3.7, distortion=2.7e-4),
+    layer("blocks.1.conv1", [24, 16, 3, 3], 1_610, "share templates", bits=3.7, distortion=6.0e-4),
+    layer("blocks.1.conv2", [32, 24, 3, 3], 1_904, "low rank 9", bits=2.2, distortion=8.8e-4),
+    layer("blocks.1.shortcut", [32, 16, 1, 1], 260, "quantize", bits=4.1, distortion=9.0e-5),
+    layer("head", [10, 32], 171, "quantize", bits=4.3, distortion=5.0e-5),
+]
+
+
+def stage(name, n_bytes, validation, **more):
+    return {
+        "stage": name,
+        "n_bytes": n_bytes,
+        "baseline_bytes": 95_312,
+        "ratio": 95_312 / n_bytes,
+        "validation_accuracy": validation,
+        **more,
+    }
+
+
+def evaluated(decision, n_bytes, validation, accuracy, **more):
+    return stage(
+        "evaluate",
+        n_bytes,
+        validation,
+        accuracy=accuracy,
+        baseline_accuracy=0.9722,
+        n_parameters=14_906,
+        macs=801_200,
+        decision=decision,
+        max_bytes=7_942,
+        min_accuracy=0.9657,
+        layers=LAYERS,
+        sha256="5f" * 32,
+        **more,
+    )
+
+
+HISTORY = [
+    stage("train", 95_312, 0.9757, accuracy=0.9722, n_parameters=23_828, macs=1_204_736, epochs=30),
+    stage("prune", 78_400, 0.9730, method="similar", threshold=0.9, n_parameters=19_600),
+    stage("cluster", 31_250, 0.9690, round=1, method="share_templates", state="too-big"),
+    stage("reduce", 11_020, 0.9301, round=1, method="low_rank", state="too-big"),
+    stage("cluster", 9_870, 0.9250, round=1, method="share_templates", state="too-big"),
+    stage("reduce", 7_411, 0.8820, round=1, method="low_rank", state="fits"),
+    evaluated("retrain", 7_412, 0.8820, 0.8796, round=1, retrains=0),
+    stage("retrain", 7_388, 0.9652, round=1, teacher="trained", epochs=10),
+    evaluated("retrain", 7_388, 0.9652, 0.9640, round=1, retrains=1),
+    stage("retrain", 7_391, 0.9705, round=1, teacher="trained", epochs=10),
+    evaluated("publish", 7_391, 0.9705, 0.9694, round=1, retrains=2),
+]
+MODEL = {
+    "format": 1,
+    "model": "small",
+    "input_shape": [1, 8, 8],
+    "n_classes": 10,
+    "baseline": BASELINE,
+    "history": HISTORY,
+}
+
+
+class Outline(HTMLParser):
+    """Collects tags, attributes and text, and refuses a page whose tags do not nest."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in VOID, f"<{tag}/> is not closed in HTML"
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_well_formed_and_tells_the_verdict_first():
+    outline = Outline(reporting.render(MODEL))
+    body = " ".join("".join(outline.text).split()).split("10 classes", 1)[1].strip()
+    assert body.startswith("Both thresholds hold: 7,391 bytes, 12.9 times smaller, 96.94 %")
+
+
+def test_every_stage_and_every_layer_has_a_row():
+    outline = Outline(reporting.render(MODEL))
+    assert outline.tags.count("tr") == len(HISTORY) + len(LAYERS) + 2  # and two heads
+    for name in [entry["name"] for entry in LAYERS]:
+        assert name in outline.text
+
+
+def test_the_page_refers_to_nothing_outside_itself():
+    page = reporting.render(MODEL)
+    outline = Outline(page)
+    loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
+    assert not [found for found in outline.attributes if found[1] in loading]
+    assert not {"script", "link", "iframe", "img", "object", "base"} & set(outline.tags)
+    assert not re.search(r"url\(|@import|https?:|//[a-z]", page)
+
+
+def test_hostile_names_stay_text():
+    hostile = "\"><script>alert(1)</script><b x='$verdict"
+    model = {
+        "model": hostile,
+        "input_shape": [hostile],
+        "n_classes": hostile,
+        "history": [
+            {
+                **evaluated(hostile, 10, 0.5, 0.5),
+                "stage": hostile,
+                "state": hostile,
+                "sha256": hostile,
+                hostile: hostile,
+                "nested": {hostile: [hostile]},
+                "layers": [{"name": hostile, "action": hostile, "shape": [hostile], "n_bytes": 1}],
+            }
+        ],
+    }
+    outline = Outline(reporting.render(model))
+    assert not {"script", "b"} & set(outline.tags)
+    assert sum(hostile in text for text in outline.text) >= 8
+
+
+@pytest.mark.parametrize("key", sorted({key for entry in HISTORY for key in entry}))
+@pytest.mark.parametrize("value", ["absent", None, "text", float("nan"), True, -1, [None], {}])
+def test_a_key_that_is_missing_or_odd_never_breaks_the_page(key, value):
+    odd = [{**entry, key: value} for entry in HISTORY]
+    if value == "absent":
+        odd = [{k: v for k, v in entry.items() if k != key} for entry in HISTORY]
+    Outline(reporting.render({"history": odd}))
+    reporting.summary_rows(odd[-1])
+
+
+@pytest.mark.parametrize("model", [{}, {"history": []}, {"history": [3]}, {"baseline": 3}])
+def test_an_empty_story_says_that_nothing_was_evaluated(model):
+    assert "Not evaluated yet." in Outline(reporting.render(model)).text
+
+
+def test_the_longest_bar_belongs_to_the_largest_layer():
+    outline = Outline(reporting.render(MODEL))
+    widths = [value for tag, name, value in outline.attributes if (tag, name) == ("i", "style")]
+    shares = [float(re.fullmatch(r"width:([\d.]+)%", width)[1]) for width in widths]
+    largest = max(entry["n_bytes"] for entry in LAYERS)
+    assert shares == pytest.approx([100 * e["n_bytes"] / largest for e in LAYERS], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("decision", "outcome"),
+    [
+        ("publish", "Both thresholds hold"),
+        ("give-up", "Given up: not accurate enough"),
+        ("too-big", "Over the size budget"),
+        (None, "Not evaluated yet"),
+    ],
+)
+def test_the_verdict_follows_the_decision(decision, outcome):
+    assert reporting.verdict(evaluated(decision, 7_391, 0.97, 0.96)).startswith(outcome + ": ")
+
+
+def test_the_summary_of_a_release_has_all_of_its_numbers():
+    rows = dict(reporting.summary_rows({**HISTORY[-1], "release": "out/release"}))
+    assert rows == {
+        "Size": "7,391 bytes, 12.9x smaller than 95,312",
+        "Accuracy": "96.94 %, -0.28 points from 97.22 %",
+        "Validation": "97.05 %",
+        "Parameters": "14,906",
+        "Multiply-adds": "801,200",
+        "Decision": "publish",
+        "Tries": "1 round, 2 retrains",
+        "Digest": "5f" * 32,
+        "Release": "out/release",
+    }
+
+
+def test_the_file_is_the_rendered_page_and_no_partial_file_stays(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    reporting.write_html(tmp_path, tmp_path / "new" / "report.html")
+    written = [path.name for path in (tmp_path / "new").iterdir()]
+    assert written == ["report.html"]
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert page == reporting.render(MODEL)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_package_without_a_readable_model_is_refused_by_name(tmp_path, content):
+    if content is not None:
+        (tmp_path / "model.json").write_text(content, encoding="utf-8")
+    with pytest.raises(PackageError, match=r"model\.json"):
+        reporting.write_html(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_equal_ratios_of_size_are_equal_distances_on_the_chart():
+    frame = chart.Frame(1_000, 64_000, 0.0, 1.0)
+    steps = [frame.x(1_000 * 4**k) for k in range(4)]
+    assert len({round(b - a, 6) for a, b in pairwise(steps)}) == 1
+    assert (steps[0], steps[-1]) == pytest.approx((chart.LEFT, chart.WIDTH - chart.RIGHT))
+
+
+def test_more_accurate_is_higher_and_nothing_leaves_the_axes():
+    frame = chart.Frame(100, 1_000, 0.5, 0.9)
+    heights = [frame.y(accuracy) for accuracy in (0.1, 0.5, 0.7, 0.9, 1.0)]
+    bottom, middle = chart.HEIGHT - chart.BOTTOM, (chart.HEIGHT - chart.BOTTOM + chart.TOP) / 2
+    assert heights == pytest.approx([bottom, bottom, middle, chart.TOP, chart.TOP])
+
+
+def test_labels_of_crowded_marks_do_not_overlap():
+    crowd = {(100 + 14 * k, 100): str(k) for k in range(6)}
+    placed = chart.place_labels(crowd)
+    boxes = [(*placed[place], 8 * len(text)) for place, text in crowd.items()]
+    for i, (x, y, width) in enumerate(boxes):
+        for other_x, other_y, other_width in boxes[:i]:
+            assert abs(x - other_x) >= (width + other_width) / 2 or abs(y - other_y) >= 10
+
+
+def test_stages_at_one_place_share_a_mark_that_names_them_all():
+    points = [chart.Point(k, f"stage {k}", 5_000, 0.9) for k in (1, 2, 3)]
+    outline = Outline(chart.draw(points, split="Test"))
+    assert outline.tags.count("circle") == 1
+    assert "1, 2, 3" in outline.text
+
+
+@pytest.mark.parametrize("thresholds", [(None, None), (4_000, None), (None, 0.8), (4_000, 0.8)])
+def test_the_goal_is_shaded_only_where_a_threshold_is_known(thresholds):
+    max_bytes, min_accuracy = thresholds
+    points = [chart.Point(1, "train", 50_000, 0.9), chart.Point(2, "reduce", 5_000, 0.5)]
+    svg = chart.draw(points, split="Test", max_bytes=max_bytes, min_accuracy=min_accuracy)
+    assert ("rect" in Outline(svg).tags) == (thresholds != (None, None))
