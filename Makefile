@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 ENGINE ?= docker
-IMAGE ?= filterpress:dev
+IMAGE ?= filterpress-python:0.1.0
 BIN := .venv/bin
 STAMP := .venv/installed
 
@@ -10,7 +10,7 @@ STAMP := .venv/installed
 .PHONY: help demo install test lint format bench image clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMP) ## train a small network, compress it in the loop, release it to runs/demo
 	$(BIN)/python pipeline.py run --out runs/demo $(ARGS)
