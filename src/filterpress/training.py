@@ -1,0 +1,390 @@
+"""Train a network: plain or with a teacher, in one process or in many.
+
+Each step lowers
+
+    (1 - alpha) * L(outputs, targets) + alpha * T**2 * KL(teacher || student)    [+ regularizer]
+
+where L is the loss of the task and the softmaxes of KL are taken of outputs / T. T**2 keeps the
+gradient of the second term from shrinking with T.
+
+Reference: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015,
+section 2.
+
+Under ``torchrun`` each process takes its rows of each batch, so the batch size and the result mean
+the same with any number of processes, except that batch normalisation sees the smaller part.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from filterpress.errors import DataError, ModelError
+from filterpress.tasks import Predict, Task
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int, int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training set.
+        lr: Highest learning rate. It rises linearly, then falls to zero along a cosine.
+        warmup: Share of the steps in which it rises, in [0, 1).
+        batch_size: Images in a step, of all processes together.
+        optimizer: ``sgd``, with Nesterov momentum, or ``adamw``.
+        momentum: Momentum of ``sgd``, in [0, 1).
+        weight_decay: Weight decay of parameters with two or more dimensions; biases, scales and
+            other vectors have none.
+        label_smoothing: Share of the uniform distribution in the targets, in [0, 1).
+        alpha: Share of the teacher in the loss, in [0, 1].
+        temperature: T above.
+        precision: Of convolutions and matrix products; ``auto`` is what is fast here.
+    """
+
+    epochs: int = 20
+    lr: float = 0.1
+    warmup: float = 0.2
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    alpha: float = 0.9
+    temperature: float = 4.0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+
+
+class FitResult(NamedTuple):
+    """What a training did.
+
+    Attributes:
+        validation_score: Score of the state that was kept, the best; the earliest of equal ones.
+        epoch: Epoch of that state, from 1.
+        scores: Validation score after each epoch.
+    """
+
+    validation_score: float
+    epoch: int
+    scores: tuple[float, ...]
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    config: FitConfig,
+    *,
+    seed: int,
+    teacher: nn.Module | None = None,
+    stop: Callable[[float], bool] | None = None,
+    progress: Progress | None = None,
+    regularizer: Callable[[nn.Module], Tensor] | None = None,
+) -> FitResult:
+    """Train a network in place and leave it in its best state on the validation set.
+
+    The same seed gives the same bytes on a CPU with the same number of threads.
+
+    Args:
+        model: The network; it comes back in evaluation mode, on the device where it was. Layers
+            may be parametrised.
+        task: Data, loss and score.
+        config: How to train.
+        seed: Decides the order of the images, the augmentation and dropout.
+        teacher: A trained network to imitate; its mode is set to evaluation.
+        stop: Called with the validation score after each epoch; True ends the training.
+        progress: Called after each step with the epoch from 0, the step from 1, the number of
+            steps in an epoch, and the loss.
+        regularizer: Called with the network in each step; its result is added to the loss.
+
+    Returns:
+        The scores, and which epoch was kept.
+
+    Raises:
+        ModelError: Nothing in the network can be trained, or the loss became NaN or infinite.
+        DataError: There are fewer than two training images for each process.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("the network has no parameter that can be trained")
+    device = best_device()
+    _join_processes(device)
+    if task.size("train") < 2 * _world():
+        raise DataError(f"{_world()} processes need two images each, got {task.size('train')}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(seed + _rank())
+        for network in (model, teacher):
+            if network is not None:
+                stack.enter_context(_lent_to(device, network))
+        replica = DistributedDataParallel(model, broadcast_buffers=False) if _world() > 1 else model
+
+        imitated = predictor(teacher, device, config.precision) if teacher else None
+
+        def loss_of(images: Tensor, targets: Tensor) -> Tensor:
+            outputs = _forward(replica, images, config.precision)
+            # A clone, because a tensor of inference mode cannot be kept for the backward pass.
+            soft = imitated(images).to(device).clone() if imitated else None
+            loss = _loss(task, config, outputs, targets, soft)
+            return loss + regularizer(model) if regularizer else loss
+
+        n_steps = _count_steps(task, config.batch_size)
+        rates = (learning_rate(config, (k + 0.5) / (config.epochs * n_steps)) for k in count())
+        optimizer = _optimizer(model, config)
+        predict = predictor(model, device, config.precision)
+        generator = torch.Generator().manual_seed(seed)
+        scores: list[float] = []
+        best: dict[str, Any] = {}
+        for epoch in range(config.epochs):
+            model.train()
+            batches = _shards(task, config.batch_size, generator, device)
+            for step, loss in enumerate(_descend(optimizer, rates, loss_of, batches), start=1):
+                if progress:
+                    progress(epoch, step, n_steps, loss)
+            scores.append(_validation_score(model, task, predict, device))
+            if scores[-1] > max(scores[:-1], default=-math.inf):
+                best = copy.deepcopy(model.state_dict())
+            if stop and stop(scores[-1]):
+                break
+        model.load_state_dict(best)
+        model.eval()
+    kept = max(scores)
+    return FitResult(kept, scores.index(kept) + 1, tuple(scores))
+
+
+def predictor(
+    model: nn.Module, device: str | torch.device = "cpu", precision: Precision = "float32"
+) -> Predict:
+    """Make the function that `Task.score` asks for.
+
+    Args:
+        model: A network on the device; each call sets it to evaluation mode.
+        device: Where it runs.
+        precision: Of convolutions and matrix products.
+
+    Returns:
+        A function from images of shape (N, C, H, W) on any device to float32 outputs on the CPU.
+    """
+    device = torch.device(device)
+
+    def predict(images: Tensor) -> Tensor:
+        model.eval()
+        with torch.inference_mode():
+            return _forward(model, images.to(device), precision).cpu()
+
+    return predict
+
+
+def best_device() -> torch.device:
+    """Name the accelerator of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_main() -> bool:
+    """Say whether this is the process that writes files: the only one, or rank 0 of several."""
+    return _rank() == 0
+
+
+def learning_rate(config: FitConfig, share: float) -> float:
+    """Return the learning rate after a share of all steps.
+
+    Example:
+        >>> config = FitConfig(lr=1.0, warmup=0.5)
+        >>> [round(learning_rate(config, share), 3) for share in (0.25, 0.5, 0.75, 1.0)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    if share < config.warmup:
+        return config.lr * share / config.warmup
+    fallen = (min(share, 1.0) - config.warmup) / (1 - config.warmup)
+    return config.lr * (1 + math.cos(math.pi * fallen)) / 2
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T**2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch.
+
+    Args:
+        student: Outputs of shape (N, classes).
+        teacher: Likewise.
+        temperature: T, positive.
+    """
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+def _forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+    with _autocast(images.device, precision):
+        return model(_channels_last(images)).float()  # type: ignore[no-any-return]
+
+
+def _loss(
+    task: Task, config: FitConfig, outputs: Tensor, targets: Tensor, soft: Tensor | None
+) -> Tensor:
+    loss = task.loss(outputs, targets)
+    if config.label_smoothing:
+        uniform = -F.log_softmax(outputs, dim=1).mean()
+        loss = (1 - config.label_smoothing) * loss + config.label_smoothing * uniform
+    if soft is None:
+        return loss
+    imitation = distillation_loss(outputs, soft, config.temperature)
+    return (1 - config.alpha) * loss + config.alpha * imitation
+
+
+def _descend(
+    optimizer: torch.optim.Optimizer,
+    rates: Iterator[float],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterator[tuple[Tensor, Tensor]],
+) -> Iterator[float]:
+    """Take one step a batch and yield its loss."""
+    for images, targets in batches:
+        loss = loss_of(images, targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ModelError(f"the loss became {value} while training; lower lr")
+        rate = next(rates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        yield value
+
+
+def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in free if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+def _count_steps(task: Task, batch_size: int) -> int:
+    full, rest = divmod(task.size("train"), batch_size)
+    return full + (rest >= 2 * _world())
+
+
+def _shards(
+    task: Task, batch_size: int, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's rows of each batch.
+
+    All processes draw the same batches and take every n-th image, equally many each. A last batch
+    that leaves a process with one image is skipped: batch normalisation needs two.
+    """
+    world, rank = _world(), _rank()
+    for images, targets in task.batches("train", batch_size, generator=generator, device=device):
+        each = len(images) // world
+        if each >= 2:
+            mine = slice(rank, each * world, world)
+            yield images[mine], targets[mine]
+
+
+def _validation_score(
+    model: nn.Module, task: Task, predict: Predict, device: torch.device
+) -> float:
+    """Score the network of rank 0, after giving its running statistics to the other processes."""
+    if _world() == 1:
+        return task.score(predict, "validation")
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, 0)
+    score = torch.zeros((), dtype=torch.float64, device=device)
+    if is_main():
+        score.fill_(task.score(predict, "validation"))
+    dist.broadcast(score, 0)
+    return score.item()
+
+
+@contextlib.contextmanager
+def _lent_to(device: torch.device, model: nn.Module) -> Iterator[None]:
+    home = next((tensor.device for tensor in model.parameters()), device)
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Copy a batch to the layout that is faster; the activations then take it too.
+
+    On two cores of a Zen 4 CPU, batches of 128 at 28 pixels, a training step takes, against
+    the standard layout: ResNet-20 0.79 (float32) and 0.93 (bfloat16) of the time, ResNet-18 0.99
+    and 0.90. Converting the weights as well gains no more, and changes them for whoever holds them.
+    """
+    return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+
+
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and _bfloat16_is_fast(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    """Say whether the device multiplies bfloat16 natively.
+
+    Measured as above, bfloat16 takes 0.61 of the time of float32 for ResNet-20 and 0.76 for
+    ResNet-18. A CPU without the instructions emulates them, several times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _join_processes(device: torch.device) -> None:
+    """Join the process group that torchrun describes, once in the life of a process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
