@@ -152,7 +152,7 @@ def fit(
                 stack.enter_context(_lent_to(device, network))
         replica = DistributedDataParallel(model, broadcast_buffers=False) if _world() > 1 else model
 
-        imitated = predictor(teacher, device, config.precision) if teacher else None
+        imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
         def loss_of(images: Tensor, targets: Tensor) -> Tensor:
             outputs = _forward(replica, images, config.precision)
@@ -368,7 +368,7 @@ def _bfloat16_is_fast(device: torch.device) -> bool:
     ResNet-18. A CPU without the instructions emulates them, several times slower.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
