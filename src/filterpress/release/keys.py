@@ -109,7 +109,7 @@ def _create(folder: Path, *, development: bool) -> bool:
             shutil.rmtree(growing, ignore_errors=True)
         sync_directory(folder.parent)
     except OSError as error:
-        if error.errno in {errno.EEXIST, errno.ENOTEMPTY}:
+        if folder.is_dir() and error.errno in {errno.EEXIST, errno.ENOTEMPTY}:
             return False
         raise ReleaseError(f"cannot write keys to {folder}: {error.strerror}") from error
     return True
