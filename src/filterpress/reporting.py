@@ -139,6 +139,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         ("Decision", _text(report.get("decision"))),
         ("Tries", ", ".join(tries)),
         ("Digest", _text(report.get("sha256"))),
+        ("Package", _text(report.get("package"))),
         ("Release", _text(report.get("release"))),
         ("Page", _text(report.get("html"))),
     ]
