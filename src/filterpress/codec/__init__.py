@@ -1,0 +1,16 @@
+"""The codec: integers and steps to bytes, and back. Needs numpy and numba; ONNX only in `graph`.
+
+Example:
+    >>> import numpy as np
+    >>> from filterpress.codec import decode, encode, quantize, snap
+    >>> weight = quantize(np.float32([[0.5, -1.0], [0.0, 0.26]]), snap(0.25))
+    >>> decode(encode({"fc": weight}, graph=b"", header={})).tensors["fc"].integers
+    array([[ 2, -4],
+           [ 0,  1]], dtype=int32)
+"""
+
+from filterpress.codec.binarisation import estimate_bits
+from filterpress.codec.bitstream import Decoded, decode, encode
+from filterpress.codec.quantizer import QuantizedTensor, quantize, snap
+
+__all__ = ["Decoded", "QuantizedTensor", "decode", "encode", "estimate_bits", "quantize", "snap"]
