@@ -1,0 +1,20 @@
+"""The stages as Kubeflow components: one file a stage, and what they share.
+
+A component is an interface: imports, one call into the library, and the record of what the stage
+found. There is no decision and no arithmetic in it, so that the same function runs as a library
+call, from the command line, and in a container.
+"""
+
+import os
+import sys
+from functools import partial
+
+from kfp import dsl
+
+# kfp.local tries `import docker`, which from the repository's root would find the folder docker/.
+sys.modules.setdefault("docker", None)
+
+#: The image of every step, read when the pipeline is compiled; a release pins it by digest.
+IMAGE = os.environ.get("FILTERPRESS_IMAGE", "filterpress-python:0.1.0")
+
+stage = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)

@@ -1,0 +1,279 @@
+"""Run the pipeline with kfp.local, strictly, and say which step does what.
+
+kfp.local takes a condition that it cannot evaluate for false: the run ends well, having done
+nothing. Here it is an error. This module leans on two inner parts of the kfp version that the
+project pins: `execute_task`, which runs one step or one sub-pipeline, and the module that logs what
+it could not evaluate.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from kfp import local
+from kfp.dsl.graph_component import GraphComponent
+from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
+from kfp.local.status import Status
+
+import filterpress
+from filterpress.errors import BudgetError, FilterpressError
+
+Report = dict[str, Any]
+
+#: The last line of a traceback.
+_EXCEPTION = re.compile(r"(?:\w+\.)*(?P<kind>[A-Z]\w*)(?:: (?P<message>.*))?")
+
+
+class Step(NamedTuple):
+    """One step that ended."""
+
+    name: str  # with the sub-pipeline it is in: round-1/evaluate
+    reused: bool
+    outputs: dict[str, Any]
+    report: Report  # empty when the step failed or has none
+    last_words: str  # the last line that a failed step printed
+
+
+class ConditionError(FilterpressError):
+    """A condition of the pipeline could not be evaluated."""
+
+
+class _Unevaluated(BaseException):
+    """Carries the news through kfp.local, which swallows every Exception while it evaluates."""
+
+
+def run(
+    pipeline: GraphComponent,
+    arguments: dict[str, Any],
+    out: Path,
+    tell: Callable[[Step], None],
+) -> list[Step]:
+    """Run a pipeline on this machine, one process a step.
+
+    Steps whose inputs did not change since an earlier run in the same folder are reused.
+
+    Args:
+        pipeline: Pipeline.
+        arguments: Its parameters; paths must be absolute.
+        out: Folder of the run: ``steps/``, ``cache/`` and ``run.log``.
+        tell: Called with every step as it ends.
+
+    Returns:
+        The steps, in the order in which they ended.
+
+    Raises:
+        BudgetError: The thresholds were not met.
+        FilterpressError: A step failed for another reason.
+        ConditionError: A condition could not be evaluated.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(out / "steps"),
+        enable_caching=True,
+        cache_root=str(out / "cache" / fingerprint(arguments)),
+    )
+    steps: list[Step] = []
+
+    def note(step: Step) -> None:
+        steps.append(step)
+        tell(step)
+
+    with (
+        (out / "run.log").open("a+", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        warnings.catch_warnings(action="ignore"),
+        strict(),
+        watched(note, log),
+    ):
+        try:
+            pipeline(**arguments)
+        except RuntimeError:
+            raise _failure(steps) from None
+    return steps
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Raise where kfp.local only logs that it could not evaluate something.
+
+    Raises:
+        ConditionError: What kfp.local logged.
+    """
+
+    def refuse(record: logging.LogRecord) -> bool:
+        evaluates = record.module in {"enhanced_dag_orchestrator", "orchestrator_utils"}
+        if evaluates and record.levelno >= logging.WARNING:
+            raise _Unevaluated(record.getMessage())
+        return True
+
+    root = logging.getLogger()
+    root.addFilter(refuse)
+    try:
+        yield
+    except _Unevaluated as message:
+        raise ConditionError(f"the pipeline cannot be run here: {message}") from None
+    finally:
+        root.removeFilter(refuse)
+
+
+@contextlib.contextmanager
+def watched(tell: Callable[[Step], None], log: TextIO) -> Iterator[None]:
+    """Tell of every step that ends.
+
+    Args:
+        tell: Called with every step as it ends.
+        log: What standard output is redirected to.
+    """
+    inner, places = orchestrator.execute_task, []
+
+    def execute_task(**given: Any) -> tuple[dict[str, Any], Status]:
+        name, task = given["task_name"], given["task_spec"]
+        if given["components"][task.component_ref.name].WhichOneof("implementation") == "dag":
+            places.append(name if not task.trigger_policy.condition else _innermost(places))
+            try:
+                return inner(**given)
+            finally:
+                places.pop()
+        start = log.tell()
+        outputs, status = inner(**given)
+        root = Path(given["pipeline_root"], given["pipeline_resource_name"])
+        uris = [value.uri for value in outputs.values() if hasattr(value, "uri")]
+        tell(
+            Step(
+                name="/".join(filter(None, [_innermost(places), name])),
+                reused=any(not Path(uri).is_relative_to(root) for uri in uris),
+                outputs=outputs,
+                report=_report(outputs),
+                last_words="" if status == Status.SUCCESS else _last_words(log, start),
+            )
+        )
+        return outputs, status
+
+    orchestrator.execute_task = execute_task
+    try:
+        yield
+    finally:
+        orchestrator.execute_task = inner
+
+
+def fingerprint(arguments: dict[str, Any]) -> str:
+    """Digest what the steps depend on besides their parameters, for the name of the cache.
+
+    That is the library's own source, the file of weights and the module of the user's own task:
+    kfp.local keeps only their names in its keys.
+
+    Args:
+        arguments: Parameters of the run.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    files = sorted(Path(filterpress.__file__).parent.rglob("*.py"))
+    if arguments.get("weights"):
+        files.append(Path(arguments["weights"]))
+    for name in (arguments.get("task", ""), arguments.get("model", "")):
+        module = name.partition(":")[0] if ":" in name else ""
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(module) if module else None
+            files += [Path(found.origin)] if found and found.origin else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Make paths absolute: a step runs in a process and a folder of its own.
+
+    Args:
+        parameters: Parameters as given; an empty store becomes a folder of the run.
+        out: Folder of the run.
+    """
+    here = dict(parameters, store=parameters["store"] or str(out / "release"))
+    for name in ("weights", "data_dir", "store"):
+        if here[name] and "://" not in here[name]:
+            here[name] = str(Path(here[name]).resolve())
+    return here
+
+
+def tell(step: Step) -> None:
+    """Say in one line on standard error what a step did."""
+    shown = ("n_bytes", "validation_accuracy", "accuracy", "state", "decision")
+    numbers = [f"{key} {_short(step.report[key])}" for key in shown if key in step.report]
+    if step.last_words:
+        outcome = "failed"
+    elif step.reused:
+        outcome = "reused"
+    else:
+        outcome = "passed on" if step.report.get("passed_on") else "done"
+    sys.stderr.write(f"{step.name:27} {outcome:9} {'  '.join(numbers)}".rstrip() + "\n")
+
+
+def story(steps: list[Step], out: Path) -> dict[str, Any]:
+    """Gather the report of a run that published.
+
+    Args:
+        steps: Steps of the run, in order.
+        out: Folder of the run; the page is copied there.
+
+    Returns:
+        Report of the last measurement and of the publication, with ``release`` and ``html``.
+
+    Raises:
+        FilterpressError: The run ended without publishing.
+    """
+    measured = [step.report for step in steps if "decision" in step.report]
+    if not steps or "release" not in steps[-1].outputs:
+        raise FilterpressError(f"the run ended without publishing; see {out / 'run.log'}")
+    page = out / "report.html"
+    shutil.copyfile(steps[-1].outputs["page"].path, page)
+    receipt = steps[-1].report
+    return {**measured[-1], **receipt, "release": receipt["store"], "html": str(page)}
+
+
+def _innermost(places: list[str]) -> str:
+    return places[-1] if places else ""
+
+
+def _report(outputs: dict[str, Any]) -> Report:
+    if "report" not in outputs:
+        return {}
+    return json.loads(Path(outputs["report"].path).read_text(encoding="utf-8"))
+
+
+def _last_words(log: TextIO, start: int) -> str:
+    """Find the last line of a step in the log: kfp.local indents what steps print."""
+    log.flush()
+    log.seek(start)
+    lines = [line.strip() for line in log if line.startswith("    ") and line.strip()]
+    log.seek(0, os.SEEK_END)
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _failure(steps: list[Step]) -> FilterpressError:
+    """Make the error that the failed step ended with: its last line is ``module.Type: message``."""
+    failed = [step for step in steps if step.last_words]
+    if not failed:
+        return FilterpressError("the pipeline failed outside of its steps; see run.log")
+    name, words = failed[-1].name, failed[-1].last_words
+    error = _EXCEPTION.fullmatch(words)
+    if not error:
+        return FilterpressError(f"step {name} ended without a reason (was it killed?); see run.log")
+    if error["kind"] == BudgetError.__name__:
+        return BudgetError(error["message"])
+    return FilterpressError(f"step {name} failed: {error['message'] or error['kind']}")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and abs(value) <= 1 else f"{value}"

@@ -1,0 +1,53 @@
+"""KFP component of the ``cluster`` stage."""
+
+from kfp import dsl
+
+from components import stage
+
+
+@stage
+def cluster(
+    model: dsl.Input[dsl.Model],
+    state: str,
+    max_size: str,
+    seed: int,
+    config: str,
+    data: str,
+    data_dir: str,
+    image_size: int,
+    task: str,
+    clustered: dsl.Output[dsl.Model],
+    report: dsl.Output[dsl.Metrics],
+):
+    """Share kernels between the filters of a layer.
+
+    Args:
+        model: Package to compress.
+        state: State of the round; "fits" passes the package on as it is.
+        max_size: Largest file: bytes, 300KB, 300KiB or 12x.
+        seed: Seed of everything random.
+        config: JSON: a method and what overrides its config.
+        data: Data set.
+        data_dir: Folder or bucket of the data set.
+        image_size: Pixels a side; 0 keeps the data set's own.
+        task: Your own task, as package.module:function.
+        clustered: Package with shared kernels.
+        report: What the stage found.
+    """
+    from pathlib import Path
+
+    from filterpress import recording, stages
+
+    found = stages.cluster(
+        Path(model.path),
+        Path(clustered.path),
+        state=state,
+        max_size=max_size,
+        seed=seed,
+        config=config,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        task=task,
+    )
+    recording.record(found, report)

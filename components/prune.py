@@ -1,0 +1,47 @@
+"""KFP component of the ``prune`` stage."""
+
+from kfp import dsl
+
+from components import stage
+
+
+@stage
+def prune(
+    model: dsl.Input[dsl.Model],
+    seed: int,
+    config: str,
+    data: str,
+    data_dir: str,
+    image_size: int,
+    task: str,
+    pruned: dsl.Output[dsl.Model],
+    report: dsl.Output[dsl.Metrics],
+):
+    """Drop the filters that their layer can do without.
+
+    Args:
+        model: Package to compress.
+        seed: Seed of everything random.
+        config: JSON: a method and what overrides its config.
+        data: Data set.
+        data_dir: Folder or bucket of the data set.
+        image_size: Pixels a side; 0 keeps the data set's own.
+        task: Your own task, as package.module:function.
+        pruned: Package with fewer filters.
+        report: What the stage found.
+    """
+    from pathlib import Path
+
+    from filterpress import recording, stages
+
+    found = stages.prune(
+        Path(model.path),
+        Path(pruned.path),
+        seed=seed,
+        config=config,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        task=task,
+    )
+    recording.record(found, report)

@@ -1,0 +1,56 @@
+"""KFP component of the ``publish`` stage."""
+
+from kfp import dsl
+
+from components import stage
+
+
+@stage
+def publish(
+    model: dsl.Input[dsl.Model],
+    store: str,
+    name: str,
+    max_size: str,
+    min_accuracy: str,
+    data: str,
+    data_dir: str,
+    image_size: int,
+    task: str,
+    release: dsl.Output[dsl.Artifact],
+    page: dsl.Output[dsl.HTML],
+    report: dsl.Output[dsl.Metrics],
+):
+    """Check both thresholds once more, then sign the evaluated bytes and publish them.
+
+    Args:
+        model: Evaluated package.
+        store: Folder or bucket to publish to.
+        name: Name of the network in the store.
+        max_size: Largest file: bytes, 300KB, 300KiB or 12x.
+        min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
+        data: Data set.
+        data_dir: Folder or bucket of the data set.
+        image_size: Pixels a side; 0 keeps the data set's own.
+        task: Your own task, as package.module:function.
+        release: Receipt: where the release is and its digest.
+        page: The story of the run.
+        report: What the stage found.
+    """
+    from pathlib import Path
+
+    from filterpress import recording, stages
+
+    found = stages.publish(
+        Path(model.path),
+        Path(release.path),
+        store=store,
+        name=name,
+        max_size=max_size,
+        min_accuracy=min_accuracy,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        task=task,
+        html=Path(page.path),
+    )
+    recording.record(found, report)

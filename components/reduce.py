@@ -1,0 +1,60 @@
+"""KFP component of the ``reduce`` stage."""
+
+from kfp import dsl
+
+from components import stage
+
+
+@stage
+def reduce(
+    model: dsl.Input[dsl.Model],
+    state: str,
+    max_size: str,
+    round: int,
+    seed: int,
+    config: str,
+    data: str,
+    data_dir: str,
+    image_size: int,
+    task: str,
+    reduced: dsl.Output[dsl.Model],
+    report: dsl.Output[dsl.Metrics],
+) -> str:
+    """Spend fewer bits on every weight, towards the storage threshold.
+
+    Args:
+        model: Package to compress.
+        state: State of the round; "fits" passes the package on as it is.
+        max_size: Largest file: bytes, 300KB, 300KiB or 12x.
+        round: Number of this round, from 1.
+        seed: Seed of everything random.
+        config: JSON: a method and what overrides its config.
+        data: Data set.
+        data_dir: Folder or bucket of the data set.
+        image_size: Pixels a side; 0 keeps the data set's own.
+        task: Your own task, as package.module:function.
+        reduced: Package with smaller weights.
+        report: What the stage found.
+
+    Returns:
+        State of the round: "fits" or "too-big".
+    """
+    from pathlib import Path
+
+    from filterpress import recording, stages
+
+    found = stages.reduce(
+        Path(model.path),
+        Path(reduced.path),
+        state=state,
+        max_size=max_size,
+        round=round,
+        seed=seed,
+        config=config,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        task=task,
+    )
+    recording.record(found, report)
+    return found["state"]
