@@ -1,0 +1,117 @@
+"""Command line: every stage, the whole run, and what looks into their results.
+
+A stage's flags are those of its function. Exit codes: 0 done, 1 the thresholds were not met and
+nothing was published, 2 anything else that went wrong; the reason is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from filterpress import stages, terminal
+from filterpress.flags import Debug, Json, with_flags_of
+from filterpress.loop import compress
+
+app = typer.Typer(
+    name="filterpress",
+    help="Compress a trained CNN to a storage budget and an accuracy floor, and publish it signed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def add_stage(function: Callable[..., dict[str, Any]]) -> None:
+    """Add the command of a stage: its flags are the function's, its output the report."""
+
+    @with_flags_of(function)
+    def command(json: Json = False, debug: Debug = False, **given: Any) -> None:
+        with terminal.polite(debug):
+            report = function(**given)
+        terminal.show(report, json)
+
+    summary = (function.__doc__ or "").strip().partition("\n\n")[0]
+    app.command(name=function.__name__.replace("_", "-"), help=summary)(command)
+
+
+for _stage in (
+    stages.train,
+    stages.prune,
+    stages.cluster,
+    stages.reduce,
+    stages.evaluate,
+    stages.retrain,
+    stages.publish,
+    compress,
+):
+    add_stage(_stage)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Package directory or encoded file.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a package or an encoded file, layer by layer."""
+    from filterpress.inspection import describe
+
+    with terminal.polite(debug):
+        found = describe(path)
+    if json:
+        terminal.show(found, as_json=True)
+        return
+    tensors = found.pop("tensors")
+    terminal.show({"path": path, **found.pop("header"), **found}, as_json=False)
+    terminal.show_table(f"{len(tensors)} tensors", tensors)
+
+
+@app.command()
+def decode(
+    file: Annotated[Path, typer.Argument(help="Encoded file.")],
+    onnx: Annotated[Path, typer.Option(help="ONNX file to write; it must not exist.")],
+    debug: Debug = False,
+) -> None:
+    """Decode an encoded file to an ONNX model; torch is not needed."""
+    with terminal.polite(debug):
+        from filterpress.codec.graph import to_onnx
+
+        write_new(onnx, to_onnx(file.read_bytes()))
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet, all at once or not at all.
+
+    Args:
+        path: File to write.
+        data: Its content.
+
+    Raises:
+        ValueError: There is such a file.
+    """
+    if path.exists():
+        raise ValueError(f"onnx must be a file that does not exist yet, got {path}")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

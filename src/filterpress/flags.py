@@ -1,0 +1,93 @@
+"""Command-line flags from the signature and the docstring of a function.
+
+A function gains a flag by gaining a parameter: the name, the type and the default are read from
+its signature, the help from the ``Args`` of its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import typer
+
+F = TypeVar("F", bound=Callable[..., Any])
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show more, and the traceback of an error.")]
+
+_ARGS = re.compile(r"^Args:\n(?P<body>(?:[ ]+.*\n|\n)*)", re.MULTILINE)
+_ARG = re.compile(r"^    (?P<name>\w+): (?P<help>.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def with_flags_of(function: Callable[..., Any]) -> Callable[[F], F]:
+    """Give a command one flag for each parameter of a function.
+
+    Args:
+        function: Function that the command calls; a parameter without a default is a required flag.
+
+    Returns:
+        Decorator of a command that takes the values as keyword arguments, beside its own flags.
+
+    Example:
+        >>> def stage(*, max_size: str = "12x") -> None:
+        ...     '''Compress.
+        ...
+        ...     Args:
+        ...         max_size: Largest file.
+        ...     '''
+        >>> @with_flags_of(stage)
+        ... def command(json: bool = False, **given: str) -> None: ...
+        >>> list(inspect.signature(command).parameters)
+        ['max_size', 'json']
+    """
+
+    def decorate(command: F) -> F:
+        own = [
+            parameter.replace(kind=parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        command.__signature__ = inspect.Signature(_flags(function) + own)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def help_of(function: Callable[..., Any]) -> dict[str, str]:
+    """Read what a Google docstring says of each argument.
+
+    Args:
+        function: Function with a docstring.
+
+    Returns:
+        One line of help for each name under ``Args``.
+
+    Example:
+        >>> help_of(help_of)
+        {'function': 'Function with a docstring.'}
+    """
+    section = _ARGS.search((inspect.getdoc(function) or "") + "\n")
+    found = _ARG.finditer(section["body"]) if section else ()
+    return {arg["name"]: " ".join(arg["help"].split()) for arg in found}
+
+
+def _flags(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Make a keyword-only parameter that typer understands of each parameter."""
+    texts = help_of(function)
+    return [
+        parameter.replace(
+            kind=parameter.KEYWORD_ONLY,
+            annotation=Annotated[
+                _one_type(parameter.annotation), typer.Option(help=texts.get(parameter.name, ""))
+            ],
+        )
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+    ]
+
+
+def _one_type(annotation: Any) -> Any:
+    """Take a path where a function takes text too: typer knows one type for a flag."""
+    return Path if Path in get_args(annotation) and str in get_args(annotation) else annotation
