@@ -69,6 +69,8 @@ class _Matrix(NamedTuple):
         values: int32, (rows, columns).
         zero_rows: uint8, (rows,), 1 for an all-zero row.
         zero_columns: uint8, (columns,).
+        column_means: int64, (columns,), running means of the magnitudes, 0 at first. Taken by
+            numpy, which takes no memory for zeros until they are touched.
         taps: Columns of one kernel.
         width: Columns of one row of a kernel.
     """
@@ -76,6 +78,7 @@ class _Matrix(NamedTuple):
     values: NDArray[np.int32]
     zero_rows: NDArray[np.uint8]
     zero_columns: NDArray[np.uint8]
+    column_means: NDArray[np.int64]
     taps: int
     width: int
 
@@ -99,6 +102,7 @@ def _encode_matrix(matrix: _Matrix, steps: NDArray[np.int64]) -> bytes:
     capacity = 2 * matrix.values.size + 4 * steps.size + 64
     while True:
         coder = arithmetic.new_encoder(capacity)
+        matrix.column_means[:] = 0
         contexts = arithmetic.new_contexts(2 * _N_CONTEXTS)
         _code_tensor(coder, contexts, steps, matrix)
         data, capacity = arithmetic.finish(coder)
@@ -186,7 +190,8 @@ def _as_matrix(integers: NDArray[np.int32]) -> _Matrix:
     values = values.reshape(1 if rows == values.size else rows, -1)
     zero_rows, zero_columns = (np.zeros(n, np.uint8) for n in values.shape)
     taps, width = prod(integers.shape[2:]), integers.shape[-1] if integers.ndim > 2 else 1
-    return _Matrix(values, zero_rows, zero_columns, max(taps, 1), max(width, 1))
+    column_means = np.zeros(values.shape[1], np.int64)
+    return _Matrix(values, zero_rows, zero_columns, column_means, max(taps, 1), max(width, 1))
 
 
 def _zeros_of(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -265,8 +270,7 @@ def _code_zeros(
 @compiled
 def _code_matrix(coder: Coder, contexts: NDArray[np.int64], matrix: _Matrix) -> bool:
     """Code the rows and columns that are not zero, in reading order."""
-    values, width = matrix.values, matrix.width
-    column_means = np.zeros(values.shape[1], np.int64)
+    values, width, column_means = matrix.values, matrix.width, matrix.column_means
     row_start = 0
     for row in range(values.shape[0]):
         if matrix.zero_rows[row]:

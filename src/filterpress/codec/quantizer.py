@@ -70,7 +70,7 @@ def snap(scale: ArrayLike) -> NDArray[np.float32]:
 
     Example:
         >>> snap([0.25, 0.1]), float(snap(1e-30)) == 2.0**-64
-        (array([0.25      , 0.09960937], dtype=float32), True)
+        (array([0.25      , 0.09957138], dtype=float32), True)
     """
     wide = np.asarray(scale, np.float64)
     valid = np.isfinite(wide) & (wide > 0)
