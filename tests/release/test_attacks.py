@@ -20,18 +20,25 @@ from filterpress.release import create_keys, fetch, latest, publish
 FILE = bytes(range(256))
 
 
-@pytest.fixture
-def released(directory, keys):
-    """A store that holds one release, as a path."""
-    publish(FILE, target="models/a", custom={}, store=directory, keys=keys)
-    return Path(directory)
+@pytest.fixture(scope="session")
+def honest(keys, tmp_path_factory):
+    store = tmp_path_factory.mktemp("honest") / "store"
+    publish(FILE, target="models/a", custom={}, store=str(store), keys=keys)
+    return store
 
 
 @pytest.fixture
-def others(tmp_path):
+def released(honest, tmp_path):
+    """A store of one's own that holds one release, as a path."""
+    return Path(shutil.copytree(honest, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory):
     """Keys of somebody else."""
-    create_keys(tmp_path / "others")
-    return tmp_path / "others"
+    folder = tmp_path_factory.mktemp("somebody-else") / "keys"
+    create_keys(folder)
+    return folder
 
 
 @pytest.fixture
@@ -174,6 +181,12 @@ def test_targets_signed_by_somebody_else_are_refused(released, others, keys, ref
     refused("targets was signed by 0/1 keys")
 
 
+def test_the_key_of_the_targets_alone_changes_no_release(released, keys, refused):
+    path = released / "metadata" / "1.targets.json"
+    resign(path, keys, "targets", lambda signed: signed.targets["models/a"].custom.clear())
+    refused("nothing that can be trusted")
+
+
 def test_an_old_snapshot_does_not_pass_for_a_new_version(released, keys, refused):
     metadata = released / "metadata"
     shutil.copy(metadata / "1.snapshot.json", metadata / "9.snapshot.json")
@@ -256,7 +269,7 @@ def test_a_store_that_another_publisher_began_is_left_alone(released, others, co
 
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
 def test_a_key_that_the_root_does_not_name_signs_nothing(released, keys, others, contents, role):
-    mixed = shutil.copytree(keys, others.parent / "mixed")
+    mixed = shutil.copytree(keys, released.parent / "mixed")
     shutil.copy(others / f"{role}.pem", mixed / f"{role}.pem")
     before = contents(released)
     with pytest.raises(ReleaseError, match=f"root does not allow the key {role}.pem to sign"):
