@@ -94,7 +94,7 @@ def open_store(uri: str) -> Store:
         raise ValueError(f"store must be a directory or gs://bucket/prefix, got {uri!r}")
     try:
         # Optional, and slow to import: only those who name a bucket pay for it.
-        from filterpress.release.bucket import BucketStore  # noqa: PLC0415
+        from filterpress.release.bucket import BucketStore
     except ImportError as error:
         raise ReleaseError(
             f"{uri} needs google-cloud-storage: pip install 'filterpress[publish]'"
