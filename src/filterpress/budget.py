@@ -110,9 +110,7 @@ def parse_accuracy(text: str | float, baseline: float) -> float:
     return floor
 
 
-def decide(
-    budget: Budget, *, n_bytes: int, accuracy: float, round: int, retrains: int
-) -> Decision:
+def decide(budget: Budget, *, n_bytes: int, accuracy: float, round: int, retrains: int) -> Decision:
     """Say what a run does next with the network it has.
 
     Args:
@@ -125,7 +123,8 @@ def decide(
     Returns:
         ``publish`` when both thresholds hold; ``too-big`` when the file is over the budget, which
         retraining cannot mend; otherwise ``retrain`` while the round has retrains left, ``next``
-        while there are rounds left, then ``give-up``.
+        while there are rounds left, then ``give-up``. Without retrains there is nothing that a
+        further round could start from: the first one decides.
 
     Example:
         >>> b = Budget(max_bytes=100, min_accuracy=0.9, max_rounds=2, max_retrains=1)
@@ -140,4 +139,4 @@ def decide(
         return "publish"
     if retrains < budget.max_retrains:
         return "retrain"
-    return "next" if round < budget.max_rounds else "give-up"
+    return "next" if 0 < budget.max_retrains and round < budget.max_rounds else "give-up"

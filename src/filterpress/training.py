@@ -161,7 +161,7 @@ def fit(
             loss = _loss(task, config, outputs, targets, soft)
             return loss + regularizer(model) if regularizer else loss
 
-        n_steps = _count_steps(task, config.batch_size)
+        n_steps = steps_per_epoch(task, config.batch_size)
         rates = (learning_rate(config, (k + 0.5) / (config.epochs * n_steps)) for k in count())
         optimizer = _optimizer(model, config)
         predict = predictor(model, device, config.precision)
@@ -299,7 +299,8 @@ def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
 
 
-def _count_steps(task: Task, batch_size: int) -> int:
+def steps_per_epoch(task: Task, batch_size: int) -> int:
+    """Count the steps of one epoch; a last batch too small to train on is none."""
     full, rest = divmod(task.size("train"), batch_size)
     return full + (rest >= 2 * _world())
 

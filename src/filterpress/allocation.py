@@ -1,0 +1,345 @@
+r"""One allocator: what form each layer takes and how finely it is quantised, for a number of bytes.
+
+Every layer offers options: stay as it is, or become a projection of rank ``r`` in ``G`` groups of
+filters. Each option has a damage of its own and, once its weights are rounded to steps, a damage and
+a number of bytes that both follow from the steps. The steps follow from one number for the whole
+network, ``theta``: rounding with step :math:`\Delta_o` costs :math:`\theta / 12` a weight when
+
+.. math:: \tfrac12 g_o \bar a \Delta_o^2 = \theta
+
+(``g`` and ``a`` as in `statistics`), which is where no bit can be moved from one weight to another
+with profit. There the damage saved by a byte is ``theta`` times `SLOPE`, and each layer by itself
+takes the option of least damage + slope * bytes. Bisection on ``theta`` meets the budget.
+
+Reference:
+    Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988; reverse
+    water-filling as in Cover and Thomas, section 10.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from filterpress.representations import Layer
+from filterpress.statistics import Moments
+
+SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of 2**(-2b) / 12
+SAMPLES = 4096  # weights of a block that stand for all of them
+N_RANKS = 12  # ranks offered a layer and number of groups
+SYMBOLS = 255  # integers told apart when entropy is estimated
+STEP_BITS = 6.0  # a row's step in the file
+BIAS_BITS = 9.0  # a row's bias in the file
+
+
+class Subspaces(NamedTuple):
+    """Directions of a layer's input that its filters, in groups, make most of."""
+
+    order: Tensor  # (O,) the filters, sorted by group, groups of equal size
+    bases: Tensor  # (G, m, I) a projection's rows, the most important first
+    energies: Tensor  # (G, m) twice the damage of leaving a row out
+
+
+class Block(NamedTuple):
+    """Weights that are quantised together, by a sample of them."""
+
+    units: Tensor  # (SAMPLES,) weight over the step that costs theta = 1
+    noise: Tensor  # (SAMPLES,) how much the weight's error counts, mean 1
+    n_weights: int
+    side_bits: float  # steps and biases
+
+
+class Option(NamedTuple):
+    """One form that a layer can take."""
+
+    rank: int  # 0: stay as it is
+    subspaces: Subspaces | None
+    blocks: tuple[Block, ...]
+    damage: float
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of filters, 1 for a layer that stays as it is."""
+        return 1 if self.subspaces is None else len(self.subspaces.bases)
+
+
+class Allocation(NamedTuple):
+    """What the allocator chose."""
+
+    theta: float
+    chosen: dict[str, Option]
+    n_bytes: dict[str, tuple[float, ...]]  # of each layer's blocks
+    damage: float
+
+
+def unit_steps(gain: Tensor, power: Tensor) -> Tensor:
+    """Return the step ``(O,)`` at which a row costs ``theta = 1``.
+
+    Args:
+        gain: ``(O,)`` squared derivative of the outputs by each row.
+        power: ``(O,)`` mean power of the inputs of each row.
+    """
+    cost = 0.5 * gain * power
+    # a row that does nothing would get an endless step: bound it by the layer's typical one
+    floor = 1e-4 * cost.mean().clamp(min=1e-24)
+    return cost.clamp(min=float(floor)).rsqrt()
+
+
+def steps_of(weight: Tensor, moments: Moments, theta: float) -> Tensor:
+    """Return the steps ``(O,)`` of a layer that is quantised at ``theta``."""
+    power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
+    power = power.repeat_interleave(len(weight) // len(power))
+    return unit_steps(moments.gain, power) * math.sqrt(theta)
+
+
+def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 0) -> list[Option]:
+    """List the forms that a layer can take.
+
+    Args:
+        layer: A plain layer.
+        moments: Its statistics.
+        max_groups: Largest number of groups of filters; powers of two up to it are offered.
+        seed: Chooses the sample of weights.
+
+    Returns:
+        The layer as it is first, then projections that need fewer weights.
+    """
+    weight = layer.weight.detach()
+    generator = torch.Generator().manual_seed(seed)
+    power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
+    noise = moments.inputs.diagonal(dim1=1, dim2=2) / power.clamp(min=1e-30)[:, None]
+    noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
+    whole = _block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
+    found = [Option(0, None, (whole,), 0.0)]
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return found
+    taps = weight[0, 0].numel()
+    n_groups = [2**k for k in range(int(math.log2(max_groups)) + 1) if taps > 1 or k == 0]
+    for groups in n_groups:
+        if len(weight) % groups:
+            continue
+        subspaces = input_subspaces(weight, moments, groups, seed=seed)
+        for rank in _ranks(weight, groups, subspaces):
+            found.append(_projected(weight, moments, subspaces, rank, generator))
+    return found
+
+
+def _ranks(weight: Tensor, groups: int, subspaces: Subspaces) -> list[int]:
+    n_out, n_in = weight.shape[:2]
+    taps = weight[0, 0].numel()
+    limit = min(
+        n_out * n_in * taps / (groups * n_in + n_out * taps) * 0.95, subspaces.bases.shape[1]
+    )
+    if limit < 1:
+        return []
+    spaced = torch.logspace(math.log10(max(1.0, limit / 48)), math.log10(limit), N_RANKS)
+    return sorted({int(r) for r in spaced.round().clamp(1, int(limit)).tolist()})
+
+
+def channel_moments(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Average a layer's statistics over the taps of its kernel.
+
+    Returns:
+        The second moment of the input channels, ``(I, I)``, and the share of the power that each
+        tap sees, ``(T,)`` with mean 1.
+    """
+    n_in, taps = weight.shape[1], weight[0, 0].numel()
+    by_tap = moments.inputs[0].view(n_in, taps, n_in, taps).diagonal(dim1=1, dim2=3)  # (I, I, T)
+    channels = by_tap.mean(dim=2)
+    mass = by_tap.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)
+    return channels, mass
+
+
+def input_subspaces(
+    weight: Tensor, moments: Moments, groups: int = 1, *, seed: int = 0
+) -> Subspaces:
+    """Find the projections of a layer's input that keep its outputs.
+
+    With whitened inputs the damage of a projection is the energy of the filters outside it, so the
+    best one of each rank is spanned by the first principal directions of the filters. For several
+    groups, filters and subspaces are matched in turn (k-subspaces), groups of equal size.
+
+    Args:
+        weight: ``(O, I, kh, kw)`` or ``(O, I)``.
+        moments: The layer's statistics.
+        groups: Number of groups; divides ``O``.
+        seed: Seed of the first grouping.
+    """
+    n_out, n_in = weight.shape[:2]
+    channels, mass = channel_moments(weight, moments)
+    ridge = 1e-5 * channels.diagonal().mean().clamp(min=1e-24) * torch.eye(n_in)
+    root = torch.linalg.cholesky(channels + ridge)  # (I, I)
+    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+    scale = moments.gain.sqrt()[:, None, None] * mass.sqrt()
+    filters = (taps * scale).transpose(1, 2) @ root  # (O, T, I) whitened
+    labels = group_filters(filters, groups, seed=seed)
+    order = labels.argsort(stable=True)
+    found = [_principal(filters[labels == g].flatten(0, 1)) for g in range(groups)]
+    bases = torch.stack([basis for basis, _ in found])
+    bases = torch.linalg.solve_triangular(root, bases, upper=False, left=False)
+    return Subspaces(order, bases, torch.stack([energy for _, energy in found]))
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal directions ``(m, I)`` of rows ``(n, I)`` and their energies ``(m,)``."""
+    if len(rows) < rows.shape[1]:
+        energy, left = torch.linalg.eigh(rows @ rows.T)
+        energy, left = energy.flip(0).clamp(min=0), left.flip(1)
+        inverse = torch.where(energy > 1e-7 * energy[0], energy.rsqrt(), 0)
+        return (left * inverse).T @ rows, energy
+    energy, right = torch.linalg.eigh(rows.T @ rows)
+    return right.flip(1).T, energy.flip(0).clamp(min=0)
+
+
+def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 2) -> Tensor:
+    """Group filters that live in the same subspace, in groups of equal size.
+
+    Args:
+        filters: ``(O, T, I)`` whitened filters.
+        groups: Number of groups, divides ``O``.
+        seed: Seed of k-means, which makes the first grouping.
+        iterations: Rounds of fitting subspaces and assigning filters.
+
+    Returns:
+        ``(O,)`` group of each filter.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+
+    n_out, _, n_in = filters.shape
+    if groups == 1:
+        return torch.zeros(n_out, dtype=torch.long)
+    size, rank = n_out // groups, max(1, n_in // 4)
+    means = torch.nn.functional.normalize(filters.flatten(1), dim=1)
+    sketch = means @ torch.randn(means.shape[1], 32, generator=torch.Generator().manual_seed(seed))
+    start = KMeans(groups, n_init=1, random_state=seed).fit(sketch.numpy())
+    cost = torch.from_numpy(start.transform(sketch.numpy())).float()
+    labels = torch.zeros(n_out, dtype=torch.long)
+    for iteration in range(iterations + 1):
+        slots = cost.repeat_interleave(size, dim=1).numpy()
+        labels = torch.from_numpy(linear_sum_assignment(slots)[1] // size)
+        if iteration < iterations:
+            spans = [
+                _principal(filters[labels == g].flatten(0, 1))[0][:rank] for g in range(groups)
+            ]
+            cost = -torch.stack([(filters @ s.T).square().sum(dim=(1, 2)) for s in spans], dim=1)
+    return labels
+
+
+def _projected(
+    weight: Tensor, moments: Moments, subspaces: Subspaces, rank: int, generator: torch.Generator
+) -> Option:
+    """Describe the option of one rank."""
+    groups, _, n_in = subspaces.bases.shape
+    channels, mass = channel_moments(weight, moments)
+    power = channels.diagonal().mean()
+    project = subspaces.bases[:, :rank].flatten(0, 1)  # (G r, I)
+    energies = subspaces.energies[:, :rank].flatten()
+    steps = unit_steps(energies, power.expand(len(energies)))
+    first = _block(project, steps, (channels.diagonal() / power).expand_as(project), 0.0, generator)
+    # the projected channels have power one, whatever the tap: what is left of the weight is
+    # W C U^T, the least-squares solution when taps are independent
+    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+    taps = taps[subspaces.order].view(groups, -1, *taps.shape[1:])  # (G, O/G, I, T)
+    inner = subspaces.bases[:, :rank] @ channels  # (G, r, I)
+    rest = torch.einsum("goit,gri->gort", taps, inner).flatten(0, 1)  # (O, r, T)
+    gain = moments.gain[subspaces.order]
+    last = _block(
+        rest, unit_steps(gain, torch.ones(len(gain))), mass.expand_as(rest), BIAS_BITS, generator
+    )
+    damage = float(0.5 * subspaces.energies[:, rank:].sum())
+    return Option(rank, subspaces, (first, last), damage)
+
+
+def _block(
+    weight: Tensor, steps: Tensor, noise: Tensor, bias_bits: float, generator: torch.Generator
+) -> Block:
+    """Sample a block of weights; the first axis is that of the steps."""
+    chosen = torch.randint(weight.numel(), (SAMPLES,), generator=generator)
+    units = weight.reshape(-1)[chosen] / steps[chosen // weight[0].numel()]
+    picked = noise.reshape(-1)[chosen]
+    return Block(units, picked, weight.numel(), len(weight) * (STEP_BITS + bias_bits))
+
+
+class Rates:
+    """Bytes and damage of every option, as functions of ``theta``.
+
+    Args:
+        candidates: Options by layer name.
+    """
+
+    def __init__(self, candidates: Mapping[str, Sequence[Option]]) -> None:
+        self.names = list(candidates)
+        self.options = [(name, option) for name in self.names for option in candidates[name]]
+        blocks = [(i, b) for i, (_, o) in enumerate(self.options) for b in o.blocks]
+        self.owner = torch.tensor([i for i, _ in blocks])  # (B,) option of each block
+        self.layer = torch.tensor([self.names.index(n) for n, _ in self.options])  # (P,)
+        self.units = torch.stack([b.units for _, b in blocks])  # (B, SAMPLES)
+        self.noise = torch.stack([b.noise for _, b in blocks])
+        self.n_weights = torch.tensor([float(b.n_weights) for _, b in blocks])
+        self.side = torch.tensor([b.side_bits for _, b in blocks])
+        self.damage = torch.tensor([o.damage for _, o in self.options])  # (P,)
+
+    def blocks_at(self, theta: float) -> tuple[Tensor, Tensor]:
+        """Return bytes and rounding damage ``(B,)`` of every block."""
+        step = math.sqrt(theta)
+        integers = torch.round(self.units / step)
+        left = self.noise * (self.units - integers * step).square()
+        damage = left.mean(dim=1) * self.n_weights
+        bits = _entropy(integers) * self.n_weights + self.side
+        return bits / 8, damage
+
+    def allocate(self, theta: float) -> Allocation:
+        """Take the best option of every layer at one ``theta``."""
+        n_bytes, damage = self.blocks_at(theta)
+        zeros = torch.zeros(len(self.options))
+        total_bytes = zeros.index_add(0, self.owner, n_bytes)
+        total_damage = self.damage.index_add(0, self.owner, damage)
+        cost = total_damage + SLOPE * theta * total_bytes
+        chosen: dict[str, Option] = {}
+        split: dict[str, tuple[float, ...]] = {}
+        spent = 0.0
+        for number, name in enumerate(self.names):
+            mine = (self.layer == number).nonzero().flatten()
+            best = int(mine[cost[mine].argmin()])
+            chosen[name] = self.options[best][1]
+            split[name] = tuple(n_bytes[self.owner == best].tolist())
+            spent += float(total_damage[best])
+        return Allocation(theta, chosen, split, spent)
+
+
+def _entropy(integers: Tensor) -> Tensor:
+    """Return the order-0 entropy ``(B,)`` in bits a symbol of rows of integers ``(B, m)``."""
+    half = SYMBOLS // 2
+    coarse = integers.clamp(-half, half).long() + half
+    rows = torch.arange(len(coarse))[:, None] * SYMBOLS
+    counts = torch.bincount((coarse + rows).flatten(), minlength=len(coarse) * SYMBOLS)
+    p = counts.view(len(coarse), SYMBOLS) / integers.shape[1]
+    beyond = (integers.abs() / half).clamp(min=1).log2().mean(dim=1)
+    return torch.special.entr(p).sum(dim=1) / math.log(2) + beyond
+
+
+def meet(spend: object, target: float) -> float:
+    """Find the smallest ``theta`` at which no more than ``target`` bytes are spent.
+
+    Args:
+        spend: Function of ``theta`` that returns bytes, falling.
+        target: Bytes, positive.
+
+    Returns:
+        ``theta``, to within 0.1 %; the largest tried where even that spends too much.
+    """
+    low, high = -60.0, 60.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if spend(math.exp(middle)) > target:  # type: ignore[operator]
+            low = middle
+        else:
+            high = middle
+        if high - low < 1e-3:
+            break
+    return math.exp(high)

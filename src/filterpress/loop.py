@@ -1,0 +1,210 @@
+"""The claimed loop: train, prune, then cluster, reduce, evaluate and retrain until it is done.
+
+Every stage writes its package below one folder and is finished when that package is there. A run
+that was killed goes on after the last finished stage when it is started again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filterpress import stages
+from filterpress.budget import Budget, parse_accuracy, parse_size
+from filterpress.errors import PackageError
+
+log = logging.getLogger(__name__)
+Report = dict[str, Any]
+Stage = Callable[..., Report]
+
+
+def compress(
+    out: str | Path,
+    *,
+    model: str = "small",
+    weights: str = "",
+    data: str = "digits",
+    data_dir: str = "",
+    image_size: int = 0,
+    task: str = "",
+    max_size: str = "12x",
+    min_accuracy: str = "-1pp",
+    max_rounds: int = 2,
+    max_retrains: int = 2,
+    size_tries: int = 2,
+    seed: int = 0,
+    store: str = "",
+    keys: str = "",
+    name: str = "filterpress",
+    train_config: str = "{}",
+    prune_config: str = "{}",
+    cluster_config: str = "{}",
+    reduce_config: str = "{}",
+    retrain_config: str = "{}",
+) -> Report:
+    """Compress a network to a storage budget and an accuracy floor, and publish it.
+
+    Args:
+        out: Folder of the run. A run that was interrupted is continued; any other folder that
+            exists is refused.
+        model: Network: small, resnet20, torchvision:NAME or package.module:function.
+        weights: File with the weights of a trained network (.safetensors, or a state dict of
+            torch); without it the network is trained first.
+        data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
+        data_dir: Folder of the data set; empty for the cache folder.
+        image_size: Height and width to resize images to; 0 keeps the data set's own.
+        task: Your own task, package.module:function; empty for image classification.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+        max_rounds: Rounds of cluster, reduce and retrain at most.
+        max_retrains: Retrains in a round at most.
+        size_tries: Passes of cluster and reduce in a round at most.
+        seed: Seed of everything random.
+        store: Folder or gs://bucket/prefix to publish to; empty for the folder release in out.
+        keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
+            store, where development keys are made if there are none.
+        name: Name of the network in the store.
+        train_config: JSON object with fields of FitConfig, such as {"epochs": 10}.
+        prune_config: JSON object with a method of the prune stage and fields of its config.
+        cluster_config: JSON object with a method of the cluster stage and fields of its config.
+        reduce_config: JSON object with a method of the reduce stage and fields of its config.
+        retrain_config: JSON object with fields of RetrainConfig.
+
+    Returns:
+        The report of the published network, with ``release``, ``package`` and ``html``.
+
+    Raises:
+        BudgetError: The thresholds were not met; nothing was published.
+        FilterpressError: The input cannot be used.
+        ValueError: An argument breaks its rule.
+    """
+    given = {key: value for key, value in locals().items() if key != "out"}
+    _check(given)
+    run = _Run(Path(out), given | {"store": store or str(Path(out) / "release")})
+    _open(run.out, given)
+    trained, _ = run.step("train", stages.train)
+    last, _ = run.step("prune", stages.prune, trained)
+    for number in range(1, max_rounds + 1):
+        last, decision = _round(run, trained, last, number)
+        if decision != "next":
+            break
+    return _finish(run, last, decision)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder and settings."""
+
+    out: Path
+    given: Report
+
+    def step(self, place: str, stage: Stage, *packages: Path, **own: Any) -> tuple[Path, Report]:
+        """Run a stage, unless its package is there, with every setting it has a parameter for.
+
+        Args:
+            place: Folder of the package below the run's.
+            stage: The stage.
+            packages: Packages it reads.
+            own: Settings of this step alone.
+
+        Returns:
+            The package it wrote, and its report.
+        """
+        written = self.out / place
+        if not (written / "report.json").exists():
+            log.info("%s", place)
+            kinds = inspect.signature(stage).parameters.values()
+            named = {p.name for p in kinds if p.kind is p.KEYWORD_ONLY}
+            config = {"config": self.given.get(f"{stage.__name__}_config")}
+            settings = {k: v for k, v in (self.given | config | own).items() if k in named}
+            stage(*packages, written, **settings)
+        return written, json.loads((written / "report.json").read_text())
+
+
+def _round(run: _Run, trained: Path, last: Path, number: int) -> tuple[Path, str]:
+    """Cluster and reduce until the file fits, then retrain until it is accurate."""
+    here = f"round-{number}"
+    state = "too-big"
+    for attempt in range(1, run.given["size_tries"] + 1):
+        if state == "too-big":
+            last, _ = run.step(f"{here}/cluster-{attempt}", stages.cluster, last)
+            last, report = run.step(f"{here}/reduce-{attempt}", stages.reduce, last, round=number)
+            state = report["state"]
+    last, report = run.step(f"{here}/evaluate", stages.evaluate, last, state=state, round=number)
+    for attempt in range(1, run.given["max_retrains"] + 1):
+        if report["decision"] == "retrain":
+            last, _ = run.step(f"{here}/retrain-{attempt}", stages.retrain, last, trained)
+            last, report = run.step(
+                f"{here}/evaluate-{attempt}",
+                stages.evaluate,
+                last,
+                state="retrain",
+                round=number,
+                retrains=attempt,
+            )
+    return last, report["decision"]
+
+
+def _finish(run: _Run, last: Path, decision: str) -> Report:
+    """Publish, or raise with the numbers; either way the folder tells how the run ended."""
+    page = run.out / "report.html"
+    goal = {key: run.given[key] for key in ("max_size", "min_accuracy")}
+    report = json.loads((last / "report.json").read_text()) | {"decision": decision}
+    if decision != "publish":
+        try:
+            stages.give_up(last, html=page, **goal)
+        finally:
+            _write(run.out / "report.json", report)
+    receipt, _ = run.step("publish", stages.publish, last, html=page)
+    report |= json.loads((receipt / "report.json").read_text())
+    report |= {"release": report["store"], "package": str(last), "html": str(page)}
+    shutil.copyfile(last / stages.ENCODED, run.out / f".{stages.ENCODED}")
+    os.replace(run.out / f".{stages.ENCODED}", run.out / stages.ENCODED)
+    _write(run.out / "report.json", report)
+    return report
+
+
+def _check(given: Report) -> None:
+    """Refuse at once what a stage would refuse after hours."""
+    parse_size(given["max_size"], 10**9)
+    parse_accuracy(given["min_accuracy"], 1.0)
+    Budget(
+        max_bytes=1,
+        min_accuracy=0,
+        max_rounds=given["max_rounds"],
+        max_retrains=given["max_retrains"],
+    )
+    if given["size_tries"] < 1:
+        raise ValueError(f"size_tries must be at least 1, got {given['size_tries']}")
+    stages.check_configs(**{k: v for k, v in given.items() if k.endswith("_config")})
+
+
+def _open(out: Path, given: Report) -> None:
+    """Start a run in a new folder, or go on with the same one."""
+    started = out / "run.json"
+    if started.exists():
+        if json.loads(started.read_text()) != given:
+            raise PackageError(f"{out} holds a run with other settings: name another folder")
+        if (out / "report.json").exists():
+            raise PackageError(
+                f"{out} exists already and holds a finished run: name another folder"
+            )
+        log.info("continuing the run in %s", out)
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PackageError(f"{out} exists already: name another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(started, given)
+
+
+def _write(path: Path, value: Report) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(draft, path)

@@ -1,0 +1,161 @@
+"""Layers whose weight is made of fewer numbers, and layers that replace another.
+
+`Quantized` is a parametrisation: the layer keeps a floating-point weight to learn with, and computes
+with the nearest multiples of a step, exactly those that the codec stores. `Projected` stands for one
+convolution by two smaller ones.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class _RoundToStep(torch.autograd.Function):
+    """``step * round(weight / step)``; the gradient passes through unchanged."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor, step: Tensor) -> Tensor:
+        return torch.round(weight / step) * step
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class Quantized(nn.Module):
+    """Parametrisation of a weight by multiples of one step per output channel.
+
+    The straight-through estimator trains the floating-point weight underneath. Steps do not learn:
+    trained by the task's loss alone they only shrink, and the file grows.
+
+    Args:
+        step: ``(O,)`` positive, one step per output channel.
+    """
+
+    step: Tensor
+
+    def __init__(self, step: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("step", step.float())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantised weight, ``(O, ...)``."""
+        step = self.step.view(-1, *[1] * (weight.ndim - 1))
+        return _RoundToStep.apply(weight, step)  # type: ignore[no-any-return, no-untyped-call]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Keep an assigned weight as the one to learn with."""
+        return weight
+
+
+class ChannelOrder(nn.Module):
+    """Put the channels of a feature map in another order.
+
+    Args:
+        index: ``(O,)`` integers; output channel ``o`` is input channel ``index[o]``.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index.long())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature map ``(N, O, ...)`` with its channels reordered."""
+        return x.index_select(1, self.index)
+
+
+class Projected(nn.Sequential):
+    """One layer as two: a projection of the input channels, then the layer on what is left.
+
+    ``project`` is a 1x1 convolution (or a linear layer) from ``I`` to ``groups * rank`` channels
+    without bias; ``apply`` is the layer itself on these, grouped when ``groups`` is above one;
+    ``order`` undoes the sorting of filters into groups.
+    """
+
+    def __init__(
+        self, project: nn.Module, layer: nn.Module, order: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.add_module("project", project)
+        self.add_module("apply_", layer)
+        if order is not None:
+            self.add_module("order", order)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Tell whether a layer computes with a quantised weight."""
+    return parametrize.is_parametrized(module, "weight")
+
+
+def quantize_(module: nn.Module, step: Tensor) -> None:
+    """Make a plain layer compute with multiples of a step.
+
+    Args:
+        module: A convolution or linear layer, changed in place.
+        step: ``(O,)`` positive, one step per output channel.
+    """
+    parametrize.register_parametrization(module, "weight", Quantized(step))
+
+
+def step_of(module: nn.Module) -> Tensor:
+    """Return the ``(O,)`` steps of a quantised layer."""
+    return module.parametrizations["weight"][0].step  # type: ignore[index, union-attr, return-value]
+
+
+def latent_weight(module: nn.Module) -> Tensor:
+    """Return the floating-point weight that a layer learns with, quantised or not."""
+    if is_quantized(module):
+        return module.parametrizations["weight"].original.detach()  # type: ignore[index, union-attr]
+    return module.weight.detach()  # type: ignore[union-attr, operator]
+
+
+def like(layer: Layer, n_in: int, n_out: int, groups: int = 1) -> Layer:
+    """Make a layer of other width with the kind and geometry of a given one."""
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(n_in, n_out, bias)
+    return nn.Conv2d(
+        n_in,
+        n_out,
+        layer.kernel_size,  # type: ignore[arg-type]
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        groups,
+        bias,
+        layer.padding_mode,
+    )
+
+
+def without_quantization(model: nn.Module, *, rounded: bool) -> nn.Module:
+    """Copy a network with plain layers in place of quantised ones.
+
+    Args:
+        model: Any network.
+        rounded: Whether weights are those the network computes with, or those it learns with.
+
+    Returns:
+        The copy, in evaluation mode.
+    """
+    result = copy.deepcopy(model).eval()
+    for name, module in list(model.named_modules()):
+        if is_quantized(module) and isinstance(module, nn.Conv2d | nn.Linear):
+            n_out, n_in = module.weight.shape[:2]
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            # A new layer: removing a parametrisation would break every copy of the network, because
+            # copies share the class that holds it.
+            bare = like(module, n_in * groups, n_out, groups)
+            with torch.no_grad():
+                bare.weight.copy_(module.weight if rounded else latent_weight(module))
+                if bare.bias is not None and module.bias is not None:
+                    bare.bias.copy_(module.bias)
+            result.set_submodule(name, bare.to(module.weight.device).eval())
+    return result

@@ -1,0 +1,96 @@
+"""Retrain a quantised network so that it imitates the one it came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from filterpress.representations import is_quantized, step_of
+from filterpress.tasks import Task
+from filterpress.training import FitConfig, Progress, fit
+
+COARSER = 1.03  # steps grow by this until the file fits again
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig(FitConfig):
+    """How to retrain: as `FitConfig`, with defaults for fine-tuning and early stopping.
+
+    Attributes:
+        margin: Accuracy above the floor, on the validation set, at which retraining stops early.
+    """
+
+    epochs: int = 8
+    lr: float = 0.02
+    warmup: float = 0.1
+    weight_decay: float = 1e-5
+    margin: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin must be in [0, 1), got {self.margin}")
+
+
+def retrain_quantized(
+    network: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    config: RetrainConfig,
+    *,
+    floor: float,
+    max_bytes: int,
+    size: Callable[[nn.Module], int],
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train what the codec stores: the integers, through the straight-through estimator.
+
+    Args:
+        network: Network with quantised layers.
+        teacher: The trained network.
+        task: Data and score.
+        config: How to train.
+        floor: Accuracy on the validation set to reach.
+        max_bytes: Largest encoded file; steps grow where training made the file larger.
+        size: Size of the encoded file of a network.
+        seed: Seed of the order of the images and their augmentation.
+        progress: Called after every step.
+
+    Returns:
+        The retrained network, and what to report of it.
+    """
+    student = copy.deepcopy(network)
+    goal = min(1.0, floor + config.margin)
+    result = fit(
+        student,
+        task,
+        config,
+        seed=seed,
+        teacher=teacher,
+        stop=lambda score: score >= goal,
+        progress=progress,
+    )
+    coarser = 0
+    while size(student) > max_bytes and coarser < 20:
+        coarsen_(student)
+        coarser += 1
+    return student, {
+        "epochs": len(result.scores),
+        "best_epoch": result.epoch,
+        "trained_validation_accuracy": result.validation_score,
+        "coarsened": coarser,
+    }
+
+
+def coarsen_(network: nn.Module) -> None:
+    """Make the steps of every quantised layer a little larger."""
+    with torch.no_grad():
+        for module in network.modules():
+            if is_quantized(module):
+                step_of(module).mul_(COARSER)

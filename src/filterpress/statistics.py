@@ -1,0 +1,171 @@
+r"""What a layer sees and how much its outputs matter, from one pass over calibration images.
+
+Every method measures the damage of a change :math:`E` of a layer's weight in the same unit, the
+expected change of the network's outputs, so that damages of different layers and methods compare:
+
+.. math:: D(E) = \tfrac12 \sum_o g_o \, e_o A e_o^\top
+
+``e_o`` is filter ``o`` of ``E`` flattened to ``d = I/groups * kh * kw`` numbers; ``A`` is the second
+moment of the patches the filter is applied to; ``g_o`` is the squared derivative of the network's
+outputs by the layer's output channel ``o``, summed over positions.
+
+Reference:
+    The Kronecker-factored curvature of Grosse and Martens, "A Kronecker-factored approximate Fisher
+    matrix for convolution layers", ICML 2016, with a diagonal second factor; the outputs' metric is
+    that of the softened softmax instead of the labels' loss, so that no labels are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from filterpress.representations import Layer
+from filterpress.surgery import layers
+
+MAX_ROWS = 8192  # patches a layer; more does not change what is chosen, less is noisy at d = 4608
+BATCH = 128  # images a pass
+TEMPERATURE = 2.0  # of the softmax whose metric weighs the outputs; 1 ignores confident images
+
+
+class Moments(NamedTuple):
+    """Statistics of one layer."""
+
+    inputs: Tensor  # (groups, d, d) mean of patch patch^T over images and positions
+    gain: Tensor  # (O,) squared derivative of the outputs, summed over positions, mean of images
+
+    def error(self, delta: Tensor) -> float:
+        """Return the damage ``D`` of a weight change ``(O, I/groups, kh, kw)``."""
+        return float(self.errors(delta).sum())
+
+    def errors(self, delta: Tensor) -> Tensor:
+        """Return each output channel's share ``(O,)`` of the damage of a weight change."""
+        rows = delta.flatten(1).view(len(self.inputs), -1, self.inputs.shape[-1])  # (G, O/G, d)
+        power = torch.einsum("god,gde,goe->go", rows, self.inputs, rows).flatten()
+        return 0.5 * self.gain * power.clamp(min=0)
+
+
+def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Moments]:
+    """Collect the statistics of every convolution and linear layer.
+
+    Args:
+        model: A plain network in evaluation mode; its weights and buffers stay as they are.
+        images: ``(N, C, H, W)`` normalised calibration images, N at least 1.
+        seed: Chooses positions and the directions in which outputs are differentiated.
+
+    Returns:
+        Statistics by layer name. A layer that is not used by the forward pass has none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals: dict[str, Moments] = {}
+    rows = max(1, -(-MAX_ROWS // len(images)))
+    with _listening(model, totals, rows, generator), torch.enable_grad():
+        for batch in images.split(BATCH):
+            outputs = model(batch.clone().requires_grad_())
+            outputs.backward(_direction(outputs.detach(), generator))
+    model.zero_grad(set_to_none=True)
+    count = len(images)
+    return {
+        name: Moments(_symmetric(m.inputs) / count, m.gain / count) for name, m in totals.items()
+    }
+
+
+def _direction(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw ``v`` with ``E[v v^T]`` the Hessian of the softened cross-entropy, one row an image."""
+    p = torch.softmax(outputs / TEMPERATURE, dim=-1)
+    z = torch.randn(outputs.shape, generator=generator).to(outputs) * p.sqrt()
+    return z - p * z.sum(dim=-1, keepdim=True)
+
+
+@contextmanager
+def _listening(
+    model: nn.Module, totals: dict[str, Moments], n_rows: int, generator: torch.Generator
+) -> Iterator[None]:
+    """Add up the statistics of each layer while the network runs."""
+    handles: list[RemovableHandle] = []
+
+    def listen(name: str, layer: Layer) -> None:
+        def forward(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            seen = patches(layer, args[0].detach(), output.shape, n_rows, generator)
+            inputs = seen.transpose(1, 2) @ seen / (seen.shape[1] / len(output))
+            if name not in totals:
+                totals[name] = Moments(
+                    torch.zeros_like(inputs), torch.zeros(output.shape[1]).to(output)
+                )
+            totals[name].inputs.add_(inputs)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: backward(name, gradient))
+
+        handles.append(layer.register_forward_hook(forward))
+
+    def backward(name: str, gradient: Tensor) -> None:
+        square = gradient.square().flatten(2) if gradient.ndim > 2 else gradient.square()[..., None]
+        totals[name].gain.add_(square.sum(dim=(0, 2)))
+
+    for name, layer in layers(model).items():
+        listen(name, layer)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def patches(
+    layer: Layer, x: Tensor, out_shape: torch.Size, n_rows: int, generator: torch.Generator
+) -> Tensor:
+    """Gather what a layer's filters are applied to, at some positions.
+
+    Args:
+        layer: The layer.
+        x: Its input, ``(N, I, H, W)`` or ``(N, I)``.
+        out_shape: Shape of its output.
+        n_rows: Positions an image; all of them when there are not more.
+        generator: Chooses the positions, the same for all images.
+
+    Returns:
+        ``(groups, N * positions, d)``, ``d = I/groups * kh * kw`` in the order of the weight.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    kh, kw = layer.kernel_size
+    height, width = out_shape[2:]
+    chosen = torch.randperm(height * width, generator=generator)[:n_rows].sort().values.to(x.device)
+    rows = torch.arange(kh, device=x.device) * layer.dilation[0]
+    columns = torch.arange(kw, device=x.device) * layer.dilation[1]
+    ys = (chosen // width * layer.stride[0])[:, None, None] + rows[:, None]  # (P, kh, 1)
+    xs = (chosen % width * layer.stride[1])[:, None, None] + columns  # (P, 1, kw)
+    seen = F.pad(x, layer._reversed_padding_repeated_twice)[:, :, ys, xs]  # (N, I, P, kh, kw)
+    seen = seen.unflatten(1, (layer.groups, -1))  # (N, G, I/G, P, kh, kw)
+    return seen.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def recalibrate_(model: nn.Module, images: Tensor) -> None:
+    """Measure the means and variances of batch-norm again, after the weights before it changed.
+
+    Args:
+        model: Network, changed in place and left in evaluation mode.
+        images: ``(N, C, H, W)`` calibration images, at least 2.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean of all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in images.tensor_split(max(1, len(images) // BATCH)):
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

@@ -1,0 +1,235 @@
+"""Find the layers of a network, and change their shapes in place.
+
+The only module that knows how channels hang together. Which tensors share a channel (through
+residual sums, concatenations, depthwise convolutions, flattening) is found by torch-pruning's
+dependency graph; cutting is one routine here, `keep_channels_`, for all methods.
+
+Shapes: a convolution's weight is ``(O, I, kh, kw)``, a linear layer's ``(O, I)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from filterpress.errors import ModelError
+from filterpress.representations import Layer, Projected, like, without_quantization
+
+Side = Literal["out", "in", "through"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class Member(NamedTuple):
+    """One layer's share in a group of channels."""
+
+    name: str
+    side: Side  # "out": makes the channels; "in": consumes them; "through": keeps them apart
+    features: Tensor  # (m,) positions along that side of the layer
+    channels: Tensor  # (m,) the channel each position belongs to
+
+
+class ChannelGroup(NamedTuple):
+    """Channels that can only be removed together from every layer that shares them."""
+
+    n_channels: int
+    members: tuple[Member, ...]
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The layers that make the channels."""
+        return tuple(m for m in self.members if m.side == "out")
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The layers that read the channels."""
+        return tuple(m for m in self.members if m.side == "in")
+
+
+def layers(model: nn.Module) -> dict[str, Layer]:
+    """Name the convolutions and linear layers of a network, in the order of definition."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Tell whether a layer filters each channel by itself."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Copy a network with every layer in its plain form.
+
+    Quantised layers get their floating-point weights back and projected layers become one layer
+    again, so that every method sees ordinary layers whatever was done before.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        A copy in evaluation mode; projected layers compute the same function.
+    """
+    result = without_quantization(model, rounded=False)
+    for name, module in list(result.named_modules()):
+        if isinstance(module, Projected):
+            result.set_submodule(name, merged(module))
+    return result
+
+
+def merged(layer: Projected) -> Layer:
+    """Multiply the two halves of a projected layer out into one layer.
+
+    Args:
+        layer: A projected convolution or linear layer, not quantised.
+
+    Returns:
+        A layer with the same function and the shape from before the projection.
+    """
+    first, last = layer.get_submodule("project"), layer.get_submodule("apply_")
+    order = layer.get_submodule("order").index if "order" in layer._modules else None
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
+        weight = last.weight @ first.weight
+    elif isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d):
+        u = first.weight.flatten(1).view(last.groups, -1, first.in_channels)  # (G, r, I)
+        v = last.weight.view(last.groups, -1, *last.weight.shape[1:])  # (G, O/G, r, kh, kw)
+        weight = torch.einsum("gorhw,gri->goihw", v, u).flatten(0, 1)
+    else:
+        raise ModelError(f"a projected layer must hold two layers of one kind, got {layer}")
+    result = like(last, weight.shape[1], weight.shape[0])
+    bias = last.bias
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    with torch.no_grad():
+        result.weight.copy_(weight)
+        if result.bias is not None and bias is not None:
+            result.bias.copy_(bias)
+    return result
+
+
+def channel_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
+    """Find the groups of channels that can be cut.
+
+    Left out are the outputs of the network and channels that pass a layer this module cannot cut
+    (grouped convolutions, normalisations other than batch-norm, bare parameters).
+
+    Args:
+        model: A plain network, see `plain`.
+        example: ``(N, C, H, W)`` input to trace it with.
+
+    Returns:
+        The groups, in the order in which the graph is walked; the same for the same network.
+
+    Reference:
+        Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
+    """
+    import torch_pruning
+
+    names = {module: name for name, module in model.named_modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+    found = []
+    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+        members = _members(group, names)
+        if members is not None and any(m.side == "in" for m in members):
+            n_channels = 1 + max(int(m.channels.max()) for m in members)
+            found.append(ChannelGroup(n_channels, members))
+    return found
+
+
+def _members(group: object, names: dict[nn.Module, str]) -> tuple[Member, ...] | None:
+    """Translate a group of torch-pruning, or return None if it holds what cannot be cut."""
+    members: dict[tuple[str, Side], Member] = {}
+    for item in group:  # type: ignore[attr-defined]
+        module = item.dep.target.module
+        if module not in names:  # an operation of the graph, not a layer
+            if isinstance(module, nn.Parameter):
+                return None
+            continue
+        side = _side(module, item.dep.handler.__name__)
+        if side is None:
+            return None
+        if (names[module], side) not in members:
+            features = torch.tensor([int(i) for i in item.idxs])
+            channels = torch.tensor([int(i) for i in (item.root_idxs or item.idxs)])
+            members[names[module], side] = Member(names[module], side, features, channels)
+    return tuple(members.values())
+
+
+def _side(module: nn.Module, handler: str) -> Side | None:
+    if isinstance(module, _NORMS) or is_depthwise(module):
+        return "through"
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        return "out" if handler.endswith("out_channels") else "in"
+    return None
+
+
+def keep_channels_(model: nn.Module, groups: list[ChannelGroup], kept: list[Tensor]) -> None:
+    """Cut a network down to some channels of each group, all groups at once.
+
+    Args:
+        model: A plain network, changed in place.
+        groups: Groups found in this very network.
+        kept: For each group a boolean ``(n_channels,)``, with at least one true entry.
+
+    Raises:
+        ValueError: A group would keep no channel.
+    """
+    drop: dict[tuple[str, Side], list[Tensor]] = {}
+    for group, keep in zip(groups, kept, strict=True):
+        if not keep.any():
+            raise ValueError(f"kept must leave a channel of every group, got none of {len(keep)}")
+        for member in group.members:
+            gone = member.features[~keep[member.channels]]
+            drop.setdefault((member.name, member.side), []).append(gone)
+    for (name, side), gone in drop.items():
+        positions = torch.cat(gone)
+        if len(positions):
+            _cut_(model.get_submodule(name), side, positions)
+
+
+def _cut_(module: nn.Module, side: Side, gone: Tensor) -> None:
+    dim = 1 if side == "in" else 0
+    reference = module.running_mean if isinstance(module, _NORMS) else module.weight
+    keep = torch.ones(reference.shape[dim], dtype=torch.bool)  # type: ignore[union-attr, index]
+    keep[gone] = False
+    n = int(keep.sum())
+    if isinstance(module, _NORMS):
+        module.num_features = n
+        for key in ("running_mean", "running_var"):
+            setattr(module, key, getattr(module, key)[keep])
+    elif isinstance(module, nn.Linear):
+        setattr(module, "in_features" if side == "in" else "out_features", n)
+    elif isinstance(module, nn.Conv2d):
+        if side == "through":
+            module.groups = module.in_channels = module.out_channels = n
+        else:
+            setattr(module, "in_channels" if side == "in" else "out_channels", n)
+    cut = {"weight": dim} if side == "in" else {"weight": 0, "bias": 0}
+    for key, axis in cut.items():
+        value = getattr(module, key, None)
+        if value is not None:
+            kept = value.detach().index_select(axis, keep.nonzero().flatten())
+            setattr(module, key, nn.Parameter(kept.clone()))
+
+
+def check_runs(model: nn.Module, example: Tensor, n_outputs: int) -> None:
+    """Make sure that a network still runs after surgery.
+
+    Raises:
+        ModelError: The forward pass fails or gives another number of outputs.
+    """
+    try:
+        with torch.no_grad():
+            shape = tuple(model.eval()(example).shape)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the network no longer runs after its channels were cut: {error}"
+        ) from error
+    if shape != (len(example), n_outputs):
+        raise ModelError(
+            f"the network must still give {(len(example), n_outputs)} after its channels were cut, "
+            f"got {shape}"
+        )
