@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def read_images(
 
 def _decode(path: Path, size: int) -> tuple[npt.NDArray[np.uint8], str]:
     # Pillow comes with torchvision, and the demo needs neither.
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image
 
     content = path.read_bytes()
     try:
@@ -110,8 +110,8 @@ def download_folder(url: str, cache: Path) -> Path:
             the local folder.
     """
     try:
-        from google.api_core.exceptions import GoogleAPIError  # noqa: PLC0415
-        from google.auth.exceptions import GoogleAuthError  # noqa: PLC0415
+        from google.api_core.exceptions import GoogleAPIError
+        from google.auth.exceptions import GoogleAuthError
     except ModuleNotFoundError as error:
         raise DataError(f"{url} needs google-cloud-storage: pip install it") from error
     try:
@@ -125,32 +125,33 @@ def download_folder(url: str, cache: Path) -> Path:
 def _download(url: str, cache: Path) -> Path:
     bucket, _, prefix = url.removeprefix("gs://").partition("/")
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-    blobs = {name: blob for name, blob in _list(bucket, prefix) if name and not name.endswith("/")}
-    if not blobs:
-        raise DataError(f"{url} is empty or does not exist")
-    state = "\n".join(f"{name} {blob.generation}" for name, blob in sorted(blobs.items()))
-    folder = cache / "gcs" / hashlib.sha256(f"{url}\n{state}".encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return folder
-    partial = folder.with_suffix(".partial")
-    with ThreadPoolExecutor(_DOWNLOADS) as pool:
-        list(pool.map(lambda item: _fetch(item[1], partial, item[0]), blobs.items()))
+    with _client() as client:
+        blobs = {
+            blob.name.removeprefix(prefix): blob
+            for blob in client.list_blobs(bucket, prefix=prefix)
+            if not blob.name.endswith("/")  # a console's placeholder for a folder
+        }
+        if not blobs:
+            raise DataError(f"{url} is empty or does not exist")
+        state = "\n".join(f"{name} {blob.generation}" for name, blob in sorted(blobs.items()))
+        folder = cache / "gcs" / hashlib.sha256(f"{url}\n{state}".encode()).hexdigest()[:16]
+        if folder.is_dir():
+            return folder
+        partial = folder.with_suffix(".partial")
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            list(pool.map(lambda name: _fetch(blobs[name], partial, name), blobs))
     partial.replace(folder)
     return folder
 
 
-def _list(bucket: str, prefix: str) -> Iterator[tuple[str, Any]]:
-    from google.auth.credentials import AnonymousCredentials  # noqa: PLC0415
-    from google.cloud import storage  # noqa: PLC0415
+def _client() -> Any:
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
 
-    emulated = bool(os.environ.get("STORAGE_EMULATOR_HOST"))
-    client = (
-        storage.Client(project="emulator", credentials=AnonymousCredentials())  # type: ignore[no-untyped-call]
-        if emulated
-        else storage.Client()
-    )
-    for blob in client.list_blobs(bucket, prefix=prefix):
-        yield blob.name.removeprefix(prefix), blob
+    if not os.environ.get("STORAGE_EMULATOR_HOST"):
+        return storage.Client()
+    nobody = AnonymousCredentials()  # type: ignore[no-untyped-call]
+    return storage.Client(project="emulator", credentials=nobody)
 
 
 def _fetch(blob: Any, folder: Path, name: str) -> None:

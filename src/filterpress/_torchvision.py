@@ -37,6 +37,6 @@ if not _library_loads():
             f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         )
 
-import torchvision  # noqa: E402  (after the declarations)
+import torchvision
 
 __all__ = ["torchvision"]

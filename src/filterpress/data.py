@@ -97,7 +97,7 @@ def load_data(
     Example:
         >>> digits = load_data("digits")
         >>> [len(labels) for _, labels in digits[:3]]
-        [1077, 360, 360]
+        [1079, 359, 359]
     """
     if image_size < 0:
         raise ValueError(f"image_size must be 0 or positive, got {image_size}")
@@ -157,6 +157,10 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "filterpress"
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _take(arrays: Arrays, index: Tensor) -> Arrays:
     return Arrays(arrays.images[index], arrays.labels[index])
 
@@ -193,7 +197,7 @@ def _checked(data: str, found: DataSet) -> DataSet:
 
 
 def _digits(_root: Path) -> DataSet:
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (a second that others need not pay)
+    from sklearn.datasets import load_digits  # a second that others need not pay
 
     images, labels = load_digits(return_X_y=True)
     # 17 grey levels, 0 to 16, become 0 to 240.
@@ -210,7 +214,9 @@ def _divide(every: Arrays, classes: Sequence[str]) -> DataSet:
     return DataSet(train, validation, test, tuple(classes))
 
 
-def _hold_out(train: Arrays, test: Arrays, share: float, classes: Sequence[str]) -> DataSet:
+def _hold_out(train: Arrays, test: Arrays, n: float, classes: Sequence[str]) -> DataSet:
+    """Hold out n training images for validation, but no more than the usual share."""
+    share = min(_HELD_OUT, n / max(1, len(train.labels)))
     kept, held, _ = split_indices(train.labels, validation=share)
     return DataSet(_take(train, kept), _take(train, held), test, tuple(classes))
 
@@ -218,18 +224,18 @@ def _hold_out(train: Arrays, test: Arrays, share: float, classes: Sequence[str])
 def _fashion_mnist(root: Path) -> DataSet:
     folder = _find_idx(root)
     if folder is None:
-        from filterpress._torchvision import torchvision  # noqa: PLC0415  (only to download)
+        from filterpress._torchvision import torchvision  # only to download
 
         try:
             torchvision.datasets.FashionMNIST(root, download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"fashion-mnist is not in {root} and cannot be downloaded ({error}); "
+                f"fashion-mnist is not in {root} and cannot be downloaded ({_line(error)}); "
                 "give data_dir, a folder with its four -ubyte.gz files"
             ) from error
         folder = root / "FashionMNIST" / "raw"
     train, test = (_read_idx_pair(folder, stem) for stem in _IDX_STEMS)
-    return _hold_out(train, test, _HELD_OUT_OFFICIAL / len(train.labels), _FASHION)
+    return _hold_out(train, test, _HELD_OUT_OFFICIAL, _FASHION)
 
 
 def _find_idx(root: Path) -> Path | None:
@@ -271,7 +277,7 @@ def _read_idx(path: Path) -> Tensor:
 
 
 def _cifar10(root: Path) -> DataSet:
-    from filterpress._torchvision import torchvision  # noqa: PLC0415  (slow to import)
+    from filterpress._torchvision import torchvision  # slow to import
 
     source = torchvision.datasets.CIFAR10
 
@@ -287,10 +293,10 @@ def _cifar10(root: Path) -> DataSet:
         train, test = read(train=True), read(train=False)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"cifar10 is not in {root} and cannot be downloaded ({error}); "
+            f"cifar10 is not in {root} and cannot be downloaded ({_line(error)}); "
             "give data_dir, the folder that holds cifar-10-batches-py"
         ) from error
-    return _hold_out(train, test, _HELD_OUT_OFFICIAL / len(train.labels), _CIFAR)
+    return _hold_out(train, test, _HELD_OUT_OFFICIAL, _CIFAR)
 
 
 class _File(NamedTuple):
@@ -319,7 +325,7 @@ def _read_folder(folder: Path, size: int, progress: Progress | None) -> DataSet:
     )
     if len(validation.labels):
         return DataSet(train, validation, test, tuple(classes))
-    return _hold_out(train, test, _HELD_OUT, classes)
+    return _hold_out(train, test, math.inf, classes)
 
 
 def _places(folder: Path) -> dict[str, Path]:

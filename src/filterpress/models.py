@@ -139,7 +139,7 @@ def _convolution(in_channels: int, out_channels: int, size: int, stride: int = 1
 
 
 def _torchvision_classifier(model: str, in_channels: int, n_classes: int) -> nn.Module:
-    from filterpress._torchvision import torchvision  # noqa: PLC0415  (slow to import)
+    from filterpress._torchvision import torchvision  # slow to import
 
     models, name = torchvision.models, model.removeprefix(_TORCHVISION)
     known = models.list_models(module=models)

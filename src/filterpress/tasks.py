@@ -7,7 +7,7 @@ named on the command line as ``--task package.module:function``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -75,7 +75,7 @@ class ImageClassification:
         flip: Whether training images are mirrored, each with probability one half.
     """
 
-    data: DataSet
+    data: DataSet = field(repr=False)
     mean: Tensor
     std: Tensor
     shift: int
@@ -219,7 +219,7 @@ def load_task(
     Example:
         >>> digits = load_task("digits")
         >>> digits.input_shape, digits.n_classes, digits.size("train")
-        ((1, 8, 8), 10, 1077)
+        ((1, 8, 8), 10, 1079)
     """
     key = (data, str(Path(data_dir).resolve()) if data_dir else "", image_size, task)
     if key not in _LOADED:
