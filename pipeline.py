@@ -22,147 +22,31 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from kfp import compiler, dsl
 from kfp.dsl.graph_component import GraphComponent
+from kfp.dsl.pipeline_task import PipelineTask
 
 from components._cluster import send
 from components._ir import pin, settle_names
 from components._lint import check
 from components._local import on_this_machine, story, tell
 from components._local import run as run_locally
-from components.cluster import cluster
-from components.evaluate import evaluate
+from components._rounds import call, make_retrain_loop, make_round
 from components.give_up import give_up
 from components.prune import prune
 from components.publish import publish
-from components.reduce import reduce
-from components.retrain import retrain
 from components.train import train
-from filterpress import terminal
+from filterpress import stages, terminal
+from filterpress.budget import parse_accuracy, parse_size
 from filterpress.flags import Debug, Json, with_flags_of
 
 NAME = "filterpress"
 ROUNDS, SIZE_TRIES, RETRAINS = 3, 2, 2
 
 
-class Decided(NamedTuple):
-    """What a sub-pipeline returns; kfp.local evaluates conditions on ``Output`` only."""
+class Stairs(NamedTuple):
+    """The sub-pipelines of the rounds, from the first; KFP wants them made before the pipeline."""
 
-    Output: str
-    model: dsl.Model
-
-
-def make_round(number: int, size_tries: int, cache_evaluate: bool) -> GraphComponent:
-    """Make the sub-pipeline of one round: smaller until it fits, then measured.
-
-    Args:
-        number: Number of the round, from 1.
-        size_tries: Pairs of cluster and reduce; those after the first that fits are copies.
-        cache_evaluate: Whether a measurement may be taken from the cache.
-    """
-
-    @dsl.pipeline(name=f"round-{number}")
-    def one_round(
-        model: dsl.Input[dsl.Model],
-        max_size: str,
-        min_accuracy: str,
-        max_rounds: int,
-        max_retrains: int,
-        seed: int,
-        cluster_config: str,
-        reduce_config: str,
-        data: str,
-        data_dir: str,
-        image_size: int,
-        task: str,
-    ) -> Decided:
-        where = {"data": data, "data_dir": data_dir, "image_size": image_size, "task": task}
-        state = "too-big"
-        for _ in range(size_tries):
-            clustered = cluster(
-                model=model,
-                state=state,
-                max_size=max_size,
-                seed=seed,
-                config=cluster_config,
-                **where,
-            )
-            reduced = reduce(
-                model=clustered.outputs["clustered"],
-                state=state,
-                max_size=max_size,
-                round=number,
-                seed=seed,
-                config=reduce_config,
-                **where,
-            )
-            model, state = reduced.outputs["reduced"], reduced.outputs["Output"]
-        measured = evaluate(
-            model=model,
-            state=state,
-            max_size=max_size,
-            min_accuracy=min_accuracy,
-            round=number,
-            retrains=0,
-            max_rounds=max_rounds,
-            max_retrains=max_retrains,
-            **where,
-        ).set_caching_options(cache_evaluate)
-        return Decided(measured.outputs["Output"], measured.outputs["evaluated"])
-
-    return one_round
-
-
-def make_retrain_loop(number: int, retrains: int, cache_evaluate: bool) -> GraphComponent:
-    """Make the sub-pipeline that retrains a round's network until it is accurate enough.
-
-    Args:
-        number: Number of the round, from 1.
-        retrains: Pairs of retrain and evaluate; those after a decision are copies.
-        cache_evaluate: Whether a measurement may be taken from the cache.
-    """
-
-    @dsl.pipeline(name=f"retrain-loop-{number}")
-    def retrain_loop(
-        model: dsl.Input[dsl.Model],
-        trained: dsl.Input[dsl.Model],
-        max_size: str,
-        min_accuracy: str,
-        max_rounds: int,
-        max_retrains: int,
-        seed: int,
-        retrain_config: str,
-        data: str,
-        data_dir: str,
-        image_size: int,
-        task: str,
-    ) -> Decided:
-        where = {"data": data, "data_dir": data_dir, "image_size": image_size, "task": task}
-        decision = "retrain"
-        for done in range(1, retrains + 1):
-            retrained = retrain(
-                model=model,
-                trained=trained,
-                decision=decision,
-                max_size=max_size,
-                min_accuracy=min_accuracy,
-                seed=seed,
-                config=retrain_config,
-                **where,
-            )
-            measured = evaluate(
-                model=retrained.outputs["retrained"],
-                state=decision,
-                max_size=max_size,
-                min_accuracy=min_accuracy,
-                round=number,
-                retrains=done,
-                max_rounds=max_rounds,
-                max_retrains=max_retrains,
-                **where,
-            ).set_caching_options(cache_evaluate)
-            model, decision = measured.outputs["evaluated"], measured.outputs["Output"]
-        return Decided(decision, model)
-
-    return retrain_loop
+    rounds: list[GraphComponent]
+    retrain_loops: list[GraphComponent]  # empty without retrains
 
 
 def build(
@@ -184,16 +68,15 @@ def build(
     Raises:
         ValueError: A bound is below its least value.
     """
-    for name, value, least in (
-        ("rounds", rounds, 1),
-        ("size_tries", size_tries, 1),
-        ("retrains", retrains, 0),
-    ):
+    bounds = {"rounds": (rounds, 1), "size_tries": (size_tries, 1), "retrains": (retrains, 0)}
+    for bound, (value, least) in bounds.items():
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise ValueError(f"{bound} must be at least {least}, got {value}")
     numbers = range(1, rounds + 1)
-    make_smaller = {n: make_round(n, size_tries, cache_evaluate) for n in numbers}
-    make_accurate = {n: make_retrain_loop(n, retrains, cache_evaluate) for n in numbers if retrains}
+    stairs = Stairs(
+        rounds=[make_round(n, size_tries, cache_evaluate) for n in numbers],
+        retrain_loops=[make_retrain_loop(n, retrains, cache_evaluate) for n in numbers if retrains],
+    )
 
     @dsl.pipeline(name=NAME)
     def pipeline(
@@ -214,6 +97,7 @@ def build(
         reduce_config: str = "{}",
         retrain_config: str = "{}",
         store: str = "",
+        keys: str = "",
         name: str = NAME,
     ):
         """Compress a trained CNN to a storage budget and an accuracy floor, and publish it signed.
@@ -237,66 +121,65 @@ def build(
             reduce_config: JSON object that names a reduction method and overrides its config.
             retrain_config: JSON object that overrides fields of the retraining's config.
             store: Folder or bucket to publish to.
+            keys: Folder of the signing keys, outside of the store; empty makes development keys
+                beside a store that is a folder.
             name: Name of the network in the store.
         """
-        where = {"data": data, "data_dir": data_dir, "image_size": image_size, "task": task}
-        thresholds = {"max_size": max_size, "min_accuracy": min_accuracy}
-        common = {"max_rounds": max_rounds, "max_retrains": max_retrains, "seed": seed}
-        common |= {**thresholds, **where}
-
-        def stop(package):
-            give_up(model=package, **thresholds).set_caching_options(False)
-
-        def publish_if_good(decided):
-            with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
-                publish(
-                    model=decided.outputs["model"], store=store, name=name, **thresholds, **where
-                ).set_caching_options(False)
-
-        def otherwise_stop(decided, branch):
-            decision = decided.outputs["Output"]
-            with (
-                dsl.If(decision != "publish", name="not-published"),
-                dsl.If(decision != branch, name="give-up"),
-            ):
-                stop(decided.outputs["model"])
-
-        def settle(decided, number):
-            publish_if_good(decided)
-            if number < rounds:
-                with dsl.If(decided.outputs["Output"] == "next", name=f"round-{number + 1}"):
-                    level(decided.outputs["model"], number + 1)
-                otherwise_stop(decided, "next")
-            else:
-                with dsl.If(decided.outputs["Output"] != "publish", name="give-up"):
-                    stop(decided.outputs["model"])
-
-        def level(package, number):
-            smaller = make_smaller[number](
-                model=package,
-                cluster_config=cluster_config,
-                reduce_config=reduce_config,
-                **common,
-            )
-            if not retrains:
-                settle(smaller, number)
-                return
-            publish_if_good(smaller)
-            with dsl.If(smaller.outputs["Output"] == "retrain", name=f"retrain-{number}"):
-                accurate = make_accurate[number](
-                    model=smaller.outputs["model"],
-                    trained=trained.outputs["trained"],
-                    retrain_config=retrain_config,
-                    **common,
-                )
-                settle(accurate, number)
-            otherwise_stop(smaller, "retrain")
-
-        trained = train(model=model, weights=weights, seed=seed, config=train_config, **where)
-        pruned = prune(model=trained.outputs["trained"], seed=seed, config=prune_config, **where)
-        level(pruned.outputs["pruned"], 1)
+        given = locals()
+        trained = call(train, given, config=train_config).outputs["trained"]
+        pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
+        add_level({**given, "trained": trained}, stairs, pruned, 1)
 
     return settle_names(pipeline)
+
+
+def add_level(given: dict[str, Any], stairs: Stairs, package: Any, number: int) -> None:
+    """Add a round to the pipeline that is being defined, and all that may follow it.
+
+    Args:
+        given: Parameters of the pipeline, and the trained network.
+        stairs: Sub-pipelines.
+        package: Package that the round starts from.
+        number: Number of the round, from 1.
+    """
+    smaller = call(stairs.rounds[number - 1], given, model=package)
+    if not stairs.retrain_loops:
+        add_outcomes(given, stairs, smaller, number)
+        return
+    add_publication(given, smaller)
+    with dsl.If(smaller.outputs["Output"] == "retrain", name=f"retrain-{number}"):
+        loop = stairs.retrain_loops[number - 1]
+        accurate = call(loop, given, model=smaller.outputs["model"])
+        add_outcomes(given, stairs, accurate, number)
+    add_failure(given, smaller, unless="retrain")
+
+
+def add_outcomes(given: dict[str, Any], stairs: Stairs, decided: PipelineTask, number: int) -> None:
+    """Add what may follow the last measurement of a round: publish, the next round, or give up."""
+    add_publication(given, decided)
+    if number == len(stairs.rounds):
+        with dsl.If(decided.outputs["Output"] != "publish", name="give-up"):
+            call(give_up, given, model=decided.outputs["model"]).set_caching_options(False)
+        return
+    with dsl.If(decided.outputs["Output"] == "next", name=f"round-{number + 1}"):
+        add_level(given, stairs, decided.outputs["model"], number + 1)
+    add_failure(given, decided, unless="next")
+
+
+def add_publication(given: dict[str, Any], decided: PipelineTask) -> None:
+    """Add the publication of what was decided to be published."""
+    with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
+        call(publish, given, model=decided.outputs["model"]).set_caching_options(False)
+
+
+def add_failure(given: dict[str, Any], decided: PipelineTask, unless: str) -> None:
+    """Add the end of a run in which neither publication nor the one other branch was decided."""
+    decision = decided.outputs["Output"]
+    with (
+        dsl.If(decision != "publish", name="not-published"),
+        dsl.If(decision != unless, name="give-up"),
+    ):
+        call(give_up, given, model=decided.outputs["model"]).set_caching_options(False)
 
 
 app = typer.Typer(
@@ -354,6 +237,8 @@ def run(
 ) -> None:
     """Run the pipeline on this machine, one process a step; what did not change is reused."""
     with terminal.polite(debug):
+        check_thresholds(parameters)
+        stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
         out = out.resolve()
         arguments = on_this_machine(parameters, out)
         bounds = {"rounds": arguments["max_rounds"], "retrains": arguments["max_retrains"]}
@@ -370,7 +255,10 @@ def submit(
     host: Annotated[str, typer.Option(help="Address of the KFP API, http://…")],
     experiment: Annotated[str, typer.Option(help="Experiment of the run.")] = NAME,
     namespace: Annotated[str, typer.Option(help="Namespace, where there are users.")] = "kubeflow",
-    token: Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Bearer token.")] = "",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token."),
+    ] = None,
     image: Annotated[str, typer.Option(help="Image of every step.")] = "",
     size_tries: Tries = SIZE_TRIES,
     debug: Debug = False,
@@ -378,6 +266,7 @@ def submit(
 ) -> None:
     """Submit a run to a cluster; steps that it has done before are reused."""
     with terminal.polite(debug):
+        check_thresholds(parameters)
         bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
         pipeline = build(**bounds, size_tries=size_tries)
         if image:
@@ -388,9 +277,22 @@ def submit(
             host=host,
             experiment=experiment,
             namespace=namespace,
-            token=token,
+            token=token_file.read_text(encoding="utf-8").strip() if token_file else "",
         )
     print(address)
+
+
+def check_thresholds(parameters: dict[str, Any]) -> None:
+    """Refuse thresholds at once that a step would refuse after the training.
+
+    Args:
+        parameters: Parameters of the run.
+
+    Raises:
+        ValueError: A threshold breaks its rule.
+    """
+    parse_size(parameters["max_size"], baseline_bytes=10**9)
+    parse_accuracy(parameters["min_accuracy"], baseline=1.0)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Spec = dict[str, Any]
 MAX_JSON_BYTES = 200_000
 
 _GROUPS = ("condition-", "exit-handler-")
+_NUMBER = re.compile(r"double\(|[=<>] -?\d")
 _PARAMETER = re.compile(r"parameter_values\['([^']+)'\]")
 
 
@@ -60,10 +61,10 @@ def conditions_use_output(spec: Spec) -> Iterator[str]:
                 yield f"L1 {name}: condition on {source['outputParameterKey']!r}, not 'Output'"
 
 
-def conditions_have_no_floats(spec: Spec) -> Iterator[str]:
-    """L2: a number in a condition compiles to ``double(1)``, which kfp.local takes for false."""
+def conditions_have_no_numbers(spec: Spec) -> Iterator[str]:
+    """L2: a number may compile to ``double(1)``, which kfp.local takes for false."""
     for _, name, task, _ in _tasks(spec):
-        if "double(" in _condition(task):
+        if _NUMBER.search(_condition(task)):
             yield f"L2 {name}: a number in a condition; compare strings"
 
 
@@ -153,7 +154,7 @@ def no_display_names(spec: Spec) -> Iterator[str]:
 
 RULES = [
     conditions_use_output,
-    conditions_have_no_floats,
+    conditions_have_no_numbers,
     no_one_of,
     sub_pipelines_have_a_parameter,
     sub_pipelines_end_uncached,

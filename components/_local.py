@@ -201,7 +201,7 @@ def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
         out: Folder of the run.
     """
     here = dict(parameters, store=parameters["store"] or str(out / "release"))
-    for name in ("weights", "data_dir", "store"):
+    for name in ("weights", "data_dir", "store", "keys"):
         if here[name] and "://" not in here[name]:
             here[name] = str(Path(here[name]).resolve())
     return here

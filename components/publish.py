@@ -9,6 +9,7 @@ from components import stage
 def publish(
     model: dsl.Input[dsl.Model],
     store: str,
+    keys: str,
     name: str,
     max_size: str,
     min_accuracy: str,
@@ -25,6 +26,7 @@ def publish(
     Args:
         model: Evaluated package.
         store: Folder or bucket to publish to.
+        keys: Folder of the signing keys, outside of the store.
         name: Name of the network in the store.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
@@ -44,6 +46,7 @@ def publish(
         Path(model.path),
         Path(release.path),
         store=store,
+        keys=keys,
         name=name,
         max_size=max_size,
         min_accuracy=min_accuracy,

@@ -21,7 +21,7 @@ from filterpress.errors import BudgetError, FilterpressError
 from filterpress.reporting import summary_rows, verdict
 
 #: Exit codes besides 0.
-NOT_MET, FAILED = 1, 2
+NOT_MET, FAILED, INTERRUPTED = 1, 2, 130
 
 
 @contextlib.contextmanager
@@ -34,7 +34,8 @@ def polite(debug: bool) -> Iterator[None]:
         debug: Whether to show the traceback of an error too.
 
     Raises:
-        Exit: The command failed: with code 1 because the thresholds were not met, with 2 otherwise.
+        Exit: The command failed: with code 1 because the thresholds were not met, with 130 because
+            it was interrupted, with 2 otherwise.
     """
     console = Console(stderr=True, highlight=False)
     logging.basicConfig(level=logging.WARNING, handlers=[_Lines(console)], force=True)
@@ -42,9 +43,12 @@ def polite(debug: bool) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr), _bars(console):
             yield
-    except (typer.Exit, typer.Abort):
+    except typer.Exit:
         raise
-    except Exception as error:  # noqa: BLE001 (a user sees one line, whatever it is)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"error: {_one_line(error)}\n")

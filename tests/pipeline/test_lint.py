@@ -1,0 +1,236 @@
+"""The lint of a compiled pipeline: each rule fires on a pipeline that breaks it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import yaml
+from kfp import compiler, dsl
+
+from components._lint import RULES, check, images_are_pinned, lint
+from filterpress.errors import FilterpressError
+
+
+class Two(NamedTuple):
+    word: str
+    number: float
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def decide(flag: str = "") -> str:
+    return flag
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def decide_two() -> Two:
+    return ("a", 1.0)
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def measure() -> float:
+    return 1.0
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def make(data: dsl.Output[dsl.Dataset]):
+    pass
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def use(data: dsl.Input[dsl.Dataset]):
+    pass
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def on_exit(status: dsl.PipelineTaskFinalStatus):
+    pass
+
+
+def clean():
+    @dsl.pipeline(name="inner")
+    def inner(data: dsl.Input[dsl.Dataset], flag: str):
+        use(data=data)
+        decide(flag=flag).set_caching_options(False)
+        use(data=data).set_caching_options(False)
+
+    @dsl.pipeline(name="clean")
+    def outer(flag: str = "a"):
+        with dsl.ExitHandler(on_exit().set_caching_options(False)), dsl.If(flag == "a"):
+            decide(flag=flag)
+        decided = decide(flag=flag)
+        with dsl.If(decided.output == "a"):
+            decide(flag=flag)
+
+    return outer
+
+
+def condition_on_a_field():
+    @dsl.pipeline(name="bad")
+    def bad():
+        with dsl.If(decide_two().outputs["word"] == "a"):
+            decide()
+
+    return bad
+
+
+def condition_on_a_number():
+    @dsl.pipeline(name="bad")
+    def bad():
+        with dsl.If(measure().output == 1.0):
+            decide()
+
+    return bad
+
+
+def condition_on_a_whole_number():
+    @dsl.pipeline(name="bad")
+    def bad():
+        with dsl.If(measure().output == 1):
+            decide()
+
+    return bad
+
+
+def one_of_parameters():
+    @dsl.pipeline(name="inner")
+    def inner(flag: str) -> str:
+        with dsl.If(decide(flag=flag).output == "a"):
+            left = decide().set_caching_options(False)
+        with dsl.Else():
+            right = decide().set_caching_options(False)
+        return dsl.OneOf(left.output, right.output)
+
+    @dsl.pipeline(name="bad")
+    def bad():
+        inner(flag="a")
+
+    return bad
+
+
+def one_of_artifacts():
+    @dsl.pipeline(name="inner")
+    def inner(flag: str) -> dsl.Dataset:
+        with dsl.If(decide(flag=flag).output == "a"):
+            left = make().set_caching_options(False)
+        with dsl.Else():
+            right = make().set_caching_options(False)
+        return dsl.OneOf(left.outputs["data"], right.outputs["data"])
+
+    @dsl.pipeline(name="bad")
+    def bad():
+        inner(flag="a")
+
+    return bad
+
+
+def artifacts_only():
+    @dsl.pipeline(name="inner")
+    def inner(data: dsl.Input[dsl.Dataset]):
+        use(data=data).set_caching_options(False)
+
+    @dsl.pipeline(name="bad")
+    def bad():
+        inner(data=make().outputs["data"])
+
+    return bad
+
+
+def cached_end():
+    @dsl.pipeline(name="inner")
+    def inner(flag: str):
+        decide(flag=flag)
+
+    @dsl.pipeline(name="bad")
+    def bad():
+        inner(flag="a")
+
+    return bad
+
+
+def many_steps():
+    @dsl.pipeline(name="bad")
+    def bad():
+        for _ in range(250):
+            decide()
+
+    return bad
+
+
+def importer():
+    @dsl.pipeline(name="bad")
+    def bad(uri: str = "gs://bucket/data"):
+        dsl.importer(artifact_uri=uri, artifact_class=dsl.Dataset)
+
+    return bad
+
+
+def ignored_failure():
+    @dsl.pipeline(name="bad")
+    def bad():
+        decide(flag=decide(flag="a").output).ignore_upstream_failure()
+
+    return bad
+
+
+def display_name():
+    @dsl.pipeline(name="bad")
+    def bad():
+        decide().set_display_name("a nicer name")
+
+    return bad
+
+
+def spec_of(make_pipeline: Callable, folder):
+    path = folder / "pipeline.yaml"
+    compiler.Compiler().compile(make_pipeline(), str(path))
+    return next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+BAD = {
+    condition_on_a_field: "L1",
+    condition_on_a_number: "L2",
+    condition_on_a_whole_number: "L2",
+    one_of_parameters: "L3",
+    one_of_artifacts: "L3",
+    artifacts_only: "L4",
+    cached_end: "L5",
+    many_steps: "L7",
+    importer: "L8",
+    ignored_failure: "L9",
+    display_name: "L10",
+}
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)
+def test_a_rule_fires_on_a_pipeline_that_breaks_it_and_no_other_does(bad, tmp_path):
+    findings = lint(spec_of(bad, tmp_path))
+    assert {finding.split()[0] for finding in findings} == {BAD[bad]}
+
+
+def test_a_pipeline_that_keeps_the_rules_is_clean(tmp_path):
+    assert lint(spec_of(clean, tmp_path)) == []
+
+
+def test_a_tag_is_refused_only_where_images_must_be_pinned(tmp_path):
+    spec = spec_of(clean, tmp_path)
+    findings = lint(spec, pinned=True)
+    assert {finding.split()[0] for finding in findings} == {"L6"}
+    assert len(findings) == len(spec["deploymentSpec"]["executors"])
+
+
+def test_an_artifact_iterator_is_refused(tmp_path):
+    spec = spec_of(clean, tmp_path)
+    spec["root"]["dag"]["tasks"]["decide-2"]["artifactIterator"] = {"items": {}}
+    assert [finding.split()[0] for finding in lint(spec)] == ["L8"]
+
+
+def test_every_rule_is_tried_by_a_pipeline_that_breaks_it():
+    numbers = {rule.__doc__.split(":")[0] for rule in [*RULES, images_are_pinned]}
+    assert numbers == {*BAD.values(), "L6"}
+
+
+def test_a_refusal_names_the_file_and_every_finding(tmp_path):
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(display_name(), str(path))
+    with pytest.raises(FilterpressError, match=r"pipeline\.yaml: L10 decide: set_display_name"):
+        check(path)
