@@ -37,6 +37,6 @@ if not _library_loads():
             f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         )
 
-import torchvision
+import torchvision  # noqa: E402 (after the declarations)
 
 __all__ = ["torchvision"]
