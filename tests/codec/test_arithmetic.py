@@ -315,6 +315,11 @@ def test_a_row_or_column_that_is_zero_but_not_named_so_is_refused(integers):
         decode_tensor(data, (2, 2), 1)
 
 
+def test_a_tensor_without_elements_cannot_hide_one():
+    with pytest.raises(BitstreamError, match="one way"):
+        decode_tensor(encode_tensor(np.int32([5]), SCALAR), (0,), 1)
+
+
 def test_a_magnitude_over_the_limit_is_refused():
     data = slow_encode(np.array([2**20 + 1], np.int32), SCALAR)
     with pytest.raises(BitstreamError, match="damaged"):

@@ -134,7 +134,8 @@ def decode_tensor(
     if not _code_tensor(coder, contexts, steps, matrix) or not arithmetic.ends_well(coder):
         raise BitstreamError(f"the coded data of a tensor of shape {shape} is damaged")
     said = matrix.zero_rows, matrix.zero_columns
-    if not all(map(np.array_equal, said, _zeros_of(matrix.values))):
+    unseen = not integers.size and matrix.values.any()
+    if unseen or not all(map(np.array_equal, said, _zeros_of(matrix.values))):
         raise BitstreamError(f"a tensor of shape {shape} is not coded in the one way allowed")
     return integers, steps.astype(np.int32)
 
