@@ -1,9 +1,10 @@
 r"""One allocator: what form each layer takes and how finely it is quantised, for a number of bytes.
 
 Every layer offers options: stay as it is, or become a projection of rank ``r`` in ``G`` groups of
-filters. Each option has a damage of its own and, once its weights are rounded to steps, a damage and
-a number of bytes that both follow from the steps. The steps follow from one number for the whole
-network, ``theta``: rounding with step :math:`\Delta_o` costs :math:`\theta / 12` a weight when
+filters. Each option has a damage of its own and, once its weights are rounded to steps, a damage
+and a number of bytes that both follow from the steps. The steps follow from one number for the
+whole network, ``theta``: rounding with step :math:`\Delta_o` costs :math:`\theta / 12` a weight
+when
 
 .. math:: \tfrac12 g_o \bar a \Delta_o^2 = \theta
 
@@ -169,7 +170,7 @@ def input_subspaces(
         groups: Number of groups; divides ``O``.
         seed: Seed of the first grouping.
     """
-    n_out, n_in = weight.shape[:2]
+    n_in = weight.shape[1]
     channels, mass = channel_moments(weight, moments)
     ridge = 1e-5 * channels.diagonal().mean().clamp(min=1e-24) * torch.eye(n_in)
     root = torch.linalg.cholesky(channels + ridge)  # (I, I)
@@ -234,7 +235,7 @@ def _projected(
     weight: Tensor, moments: Moments, subspaces: Subspaces, rank: int, generator: torch.Generator
 ) -> Option:
     """Describe the option of one rank."""
-    groups, _, n_in = subspaces.bases.shape
+    groups = len(subspaces.bases)
     channels, mass = channel_moments(weight, moments)
     power = channels.diagonal().mean()
     project = subspaces.bases[:, :rank].flatten(0, 1)  # (G r, I)
@@ -320,7 +321,8 @@ def _entropy(integers: Tensor) -> Tensor:
     counts = torch.bincount((coarse + rows).flatten(), minlength=len(coarse) * SYMBOLS)
     p = counts.view(len(coarse), SYMBOLS) / integers.shape[1]
     beyond = (integers.abs() / half).clamp(min=1).log2().mean(dim=1)
-    return torch.special.entr(p).sum(dim=1) / math.log(2) + beyond
+    total: Tensor = torch.special.entr(p).sum(dim=1) / math.log(2) + beyond
+    return total
 
 
 def meet(spend: object, target: float) -> float:

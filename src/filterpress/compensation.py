@@ -126,8 +126,9 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
         The new weight, of the shape of ``weight`` and zero at the features that go.
     """
     rows = weight.flatten(1)  # (O, d)
-    columns = kept.repeat_interleave(rows.shape[1] // len(kept))
     second = moments.inputs[0]
+    columns = kept.repeat_interleave(rows.shape[1] // len(kept))
+    columns = columns & (second.diagonal() > 0)  # what is never seen needs no weight
     result = torch.zeros_like(rows)
     result[:, columns] = solve(second[columns][:, columns], second[columns] @ rows.T).T
     return result.view_as(weight)

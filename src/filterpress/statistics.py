@@ -5,9 +5,9 @@ expected change of the network's outputs, so that damages of different layers an
 
 .. math:: D(E) = \tfrac12 \sum_o g_o \, e_o A e_o^\top
 
-``e_o`` is filter ``o`` of ``E`` flattened to ``d = I/groups * kh * kw`` numbers; ``A`` is the second
-moment of the patches the filter is applied to; ``g_o`` is the squared derivative of the network's
-outputs by the layer's output channel ``o``, summed over positions.
+``e_o`` is filter ``o`` of ``E`` flattened to ``d = I/groups * kh * kw`` numbers; ``A`` is the
+second moment of the patches the filter is applied to; ``g_o`` is the squared derivative of the
+network's outputs by the layer's output channel ``o``, summed over positions.
 
 Reference:
     The Kronecker-factored curvature of Grosse and Martens, "A Kronecker-factored approximate Fisher
@@ -30,7 +30,8 @@ from filterpress.representations import Layer
 from filterpress.surgery import layers
 
 MAX_ROWS = 8192  # patches a layer; more does not change what is chosen, less is noisy at d = 4608
-BATCH = 128  # images a pass
+BATCH_PIXELS = 2**19  # of the images that pass at a time
+SPARSE = 0.7  # share of columns in use below which the others are left out of a product
 TEMPERATURE = 2.0  # of the softmax whose metric weighs the outputs; 1 ignores confident images
 
 
@@ -66,7 +67,7 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     totals: dict[str, Moments] = {}
     rows = max(1, -(-MAX_ROWS // len(images)))
     with _listening(model, totals, rows, generator), torch.enable_grad():
-        for batch in images.split(BATCH):
+        for batch in torch.split(images, batch_size(images)):
             outputs = model(batch.clone().requires_grad_())
             outputs.backward(_direction(outputs.detach(), generator))
     model.zero_grad(set_to_none=True)
@@ -74,6 +75,11 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     return {
         name: Moments(_symmetric(m.inputs) / count, m.gain / count) for name, m in totals.items()
     }
+
+
+def batch_size(images: Tensor) -> int:
+    """Return how many images ``(N, C, H, W)`` pass at a time."""
+    return max(2, min(512, BATCH_PIXELS // (images.shape[-1] * images.shape[-2])))
 
 
 def _direction(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,14 +99,12 @@ def _listening(
     def listen(name: str, layer: Layer) -> None:
         def forward(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             seen = patches(layer, args[0].detach(), output.shape, n_rows, generator)
-            inputs = seen.transpose(1, 2) @ seen / (seen.shape[1] / len(output))
             if name not in totals:
-                totals[name] = Moments(
-                    torch.zeros_like(inputs), torch.zeros(output.shape[1]).to(output)
-                )
-            totals[name].inputs.add_(inputs)
+                empty = seen.new_zeros(len(seen), seen.shape[2], seen.shape[2])
+                totals[name] = Moments(empty, seen.new_zeros(output.shape[1]))
+            add_second_moment_(totals[name].inputs, seen, len(output) / seen.shape[1])
             if output.requires_grad:
-                output.register_hook(lambda gradient: backward(name, gradient))
+                output.register_hook(lambda gradient: backward(name, gradient))  # type: ignore[no-untyped-call]
 
         handles.append(layer.register_forward_hook(forward))
 
@@ -115,6 +119,18 @@ def _listening(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def add_second_moment_(total: Tensor, seen: Tensor, scale: float) -> None:
+    """Add ``scale`` times the second moment of patches ``(G, n, d)`` to ``total`` ``(G, d, d)``."""
+    used = (seen != 0).any(dim=1).any(dim=0)
+    if len(seen) == 1 and used.float().mean() < SPARSE:
+        # on small feature maps most taps of a kernel only ever see padding
+        index = used.nonzero().flatten()
+        rows = seen[0][:, index]
+        total[0].index_put_((index[:, None], index), rows.T @ rows * scale, accumulate=True)
+    else:
+        total.baddbmm_(seen.transpose(1, 2), seen, alpha=scale)
 
 
 def patches(
@@ -142,7 +158,7 @@ def patches(
     ys = (chosen // width * layer.stride[0])[:, None, None] + rows[:, None]  # (P, kh, 1)
     xs = (chosen % width * layer.stride[1])[:, None, None] + columns  # (P, 1, kw)
     seen = F.pad(x, layer._reversed_padding_repeated_twice)[:, :, ys, xs]  # (N, I, P, kh, kw)
-    seen = seen.unflatten(1, (layer.groups, -1))  # (N, G, I/G, P, kh, kw)
+    seen = torch.unflatten(seen, 1, (layer.groups, -1))  # (N, G, I/G, P, kh, kw)
     return seen.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
@@ -164,7 +180,7 @@ def recalibrate_(model: nn.Module, images: Tensor) -> None:
         norm.momentum = None  # a plain mean of all batches
         norm.train()
     with torch.no_grad():
-        for batch in images.tensor_split(max(1, len(images) // BATCH)):
+        for batch in images.tensor_split(-(-len(images) // batch_size(images))):
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

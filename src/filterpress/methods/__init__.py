@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -11,5 +12,5 @@ class Outcome(NamedTuple):
     """What a method did."""
 
     model: nn.Module  # a new network; the one given is untouched
-    notes: dict[str, float]  # what to report: counts and errors
-    layers: dict[str, dict[str, float]]  # the same, for each layer that was changed
+    notes: Mapping[str, float | str]  # what to report: counts and errors
+    layers: Mapping[str, Mapping[str, float]]  # the same, for each layer that was changed

@@ -1,9 +1,10 @@
 r"""Merge the filters of a layer that compute nearly the same, as far as the byte budget asks.
 
-The channels that only one layer makes are clustered by what they compute (k-means on the correlation
-of their feature maps), each cluster keeps its most central filter, and the weights that read the
-channels are solved again by least squares. How many clusters a layer keeps follows from the budget:
-a layer merges for as long as the bytes it saves cost less damage there than anywhere else.
+The channels that only one layer makes are clustered by what they compute (k-means on the
+correlation of their feature maps), each cluster keeps its most central filter, and the weights that
+read the channels are solved again by least squares. How many clusters a layer keeps follows from
+the budget: a layer merges for as long as the bytes it saves cost less damage there than anywhere
+else.
 
 Saves bits and multiply-accumulates in two layers for every filter merged, and adds none. Does not
 apply where outputs of layers are summed, since their channels cannot be merged one layer at a time,

@@ -5,8 +5,8 @@ groups of filters live in different subspaces; both are rounded to steps. Ranks,
 the whole network come from one allocator, so that the encoded file meets the budget at the least
 damage to the network's outputs; a layer that gains nothing from a projection is only rounded.
 
-A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates a
-position. Does not help 1x1 convolutions that are nearly square and of full rank, nor grouped and
+A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
+a position. Does not help 1x1 convolutions that are nearly square and of full rank, nor grouped and
 depthwise ones. More than one group rarely wins at equal bytes.
 
 Reference:
@@ -39,7 +39,7 @@ from filterpress.allocation import (
     unit_steps,
 )
 from filterpress.compensation import solve
-from filterpress.errors import BudgetError
+from filterpress.errors import ModelError
 from filterpress.methods import Outcome
 from filterpress.representations import ChannelOrder, Layer, Projected, like, quantize_
 from filterpress.statistics import Moments
@@ -48,6 +48,7 @@ from filterpress.surgery import layers, plain
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # sizes tried until the real one meets the budget
+Attempt = tuple[int, nn.Module, Allocation]  # bytes of the file, network, how it came about
 CLOSE = 0.97  # a file this close below the budget is good enough
 
 
@@ -102,10 +103,10 @@ def project_channels(
 
     Returns:
         The network with quantised, partly projected layers; the number of layers ``projected``, the
-        ``distortion`` predicted, and ``theta``.
+        ``distortion`` predicted, and ``theta``. Where no allocation meets the budget, the smallest.
 
     Raises:
-        BudgetError: Not even the smallest allocation meets the budget.
+        ModelError: Every allocation found is one to avoid.
     """
     source = plain(model)
     moments = statistics.measure(source, images, seed=seed)
@@ -114,30 +115,40 @@ def project_channels(
         for name, layer in layers(source).items()
         if name in moments
     }
+    if config.max_shrink:
+        max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
     rates = Rates(candidates)
-    aim = max_bytes * (1 - config.headroom)
-    target, smallest = aim, math.inf
+    aim = target = max_bytes * (1 - config.headroom)
+    best: Attempt | None = None
     for _ in range(ATTEMPTS):
-        theta = meet(lambda theta: _spent(rates.allocate(theta)), target)
-        allocation = rates.allocate(theta)
+        allocation = rates.allocate(meet(lambda theta: _spent(rates.allocate(theta)), target))
         if fingerprint(allocation) in avoid:
             target *= 0.98
             continue
         result = apply(source, allocation, moments)
         statistics.recalibrate_(result, images)
         real = size(result)
-        smallest = min(smallest, real)
-        log.info("theta %.3g: %d bytes of %d", theta, real, max_bytes)
-        if CLOSE * aim <= real <= aim or (real <= max_bytes and target < aim / 2):
-            return _outcome(result, allocation)
+        log.info("theta %.3g: %d bytes of %d", allocation.theta, real, max_bytes)
+        best = _better(best, (real, result, allocation), aim)
+        if CLOSE * aim <= real <= aim:
+            break
         fixed = real - _spent(allocation)  # what the model of sizes leaves out
-        target = max(aim - fixed, 0.5 * target) if abs(fixed) < aim else 0.5 * target
-    if real <= max_bytes:
-        return _outcome(result, allocation)
-    raise BudgetError(
-        f"max_size must be at least {smallest} bytes, the smallest this network reaches, "
-        f"got {max_bytes}"
-    )
+        target = max(aim - fixed, 0.5 * target)
+    if best is None:
+        raise ModelError("every allocation for this budget has failed before: change max_size")
+    return _outcome(*best[1:])
+
+
+def _better(best: Attempt | None, new: Attempt, aim: float) -> Attempt:
+    """Prefer the largest file within the aim, else the smallest one."""
+    if best is None:
+        return new
+    fits = [attempt for attempt in (best, new) if attempt[0] <= aim]
+    return max(fits, key=_bytes) if fits else min(best, new, key=_bytes)
+
+
+def _bytes(attempt: Attempt) -> int:
+    return attempt[0]
 
 
 def _spent(allocation: Allocation) -> float:
@@ -162,10 +173,11 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
         for name, option in allocation.chosen.items()
     }
     projected = sum(option.rank > 0 for option in allocation.chosen.values())
-    notes = {
+    notes: dict[str, float | str] = {
         "projected": float(projected),
         "distortion": allocation.damage,
         "theta": allocation.theta,
+        "allocation": fingerprint(allocation),
     }
     return Outcome(model, notes, changed)
 

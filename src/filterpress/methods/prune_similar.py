@@ -1,13 +1,13 @@
 r"""Remove the filters that another filter of their layer can stand in for.
 
 Filters whose similarity to each other is above a threshold form a cluster; of each cluster the one
-that matters most stays, and the weights that read the channels are solved again by least squares, so
-that the survivor takes over the work of those removed.
+that matters most stays, and the weights that read the channels are solved again by least squares,
+so that the survivor takes over the work of those removed.
 
-Costs nothing in the file and saves, for each filter removed, its row in its own layer and its column
-in the next, in bits and in multiply-accumulates alike. Does not help where no two filters agree: on
-small nets trained to the end, similarities above 0.9 are rare, and most of what goes are filters that
-never fire.
+Costs nothing in the file and saves, for each filter removed, its row in its own layer and its
+column in the next, in bits and in multiply-accumulates alike. Does not help where no two filters
+agree: on small nets trained to the end similar filters are rare, and most of what goes are filters
+that never fire.
 
 Reference:
     The claimed loop's first compression step. Where the claim leaves the measure open there are
@@ -162,7 +162,7 @@ def _filters(model: nn.Module, group: ChannelGroup) -> Tensor:
     """Put the filters that make each channel, of all its producers, side by side."""
     rows = []
     for member in group.producers:
-        weight = model.get_submodule(member.name).weight.detach().flatten(1)  # type: ignore[union-attr, operator]
+        weight = model.get_submodule(member.name).weight.detach().flatten(1)  # type: ignore[operator]
         order = member.channels.argsort(stable=True)
         rows.append(weight[member.features[order]].reshape(group.n_channels, -1))
     return torch.cat(rows, dim=1)
