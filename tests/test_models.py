@@ -62,7 +62,11 @@ def test_building_does_not_touch_the_running_statistics():
 
 @pytest.mark.parametrize(
     ("name", "stem"),
-    [("resnet18", "conv1"), ("mobilenet_v3_small", "features.0.0"), ("squeezenet1_1", "features.0")],
+    [
+        ("resnet18", "conv1"),
+        ("mobilenet_v3_small", "features.0.0"),
+        ("squeezenet1_1", "features.0"),
+    ],
 )
 def test_the_first_convolution_of_torchvision_takes_grey_images(name, stem):
     grey, colour = (build(f"torchvision:{name}", (c, 32, 32), 5) for c in (1, 3))
@@ -219,4 +223,5 @@ def test_weights_that_are_not_finite_are_refused_and_named(network, trained, tmp
     weights = trained.state_dict()
     weights["classifier.bias"][3] = value
     save_file(weights, tmp_path / "x.safetensors")
-    refused(network, tmp_path / "x.safetensors", r"classifier\.bias in .* has NaN or infinite values")
+    message = r"classifier\.bias in .* has NaN or infinite values"
+    refused(network, tmp_path / "x.safetensors", message)

@@ -142,8 +142,8 @@ def fit(
         raise ModelError("the network has no parameter that can be trained")
     device = best_device()
     _join_processes(device)
-    if task.size("train") < 2 * _world():
-        raise DataError(f"{_world()} processes need two images each, got {task.size('train')}")
+    if (n := task.size("train")) < 2 * _world():
+        raise DataError(f"training needs at least {2 * _world()} images, got {n}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seed + _rank())
@@ -151,7 +151,6 @@ def fit(
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
         replica = DistributedDataParallel(model, broadcast_buffers=False) if _world() > 1 else model
-
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
         def loss_of(images: Tensor, targets: Tensor) -> Tensor:
