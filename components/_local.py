@@ -269,7 +269,7 @@ def _failure(steps: list[Step]) -> FilterpressError:
     name, words = failed[-1].name, failed[-1].last_words
     error = _EXCEPTION.fullmatch(words)
     if not error:
-        return FilterpressError(f"step {name} ended without a reason (was it killed?); see run.log")
+        return FilterpressError(f"step {name} ended without a reason; see run.log")
     if error["kind"] == BudgetError.__name__:
         return BudgetError(error["message"])
     return FilterpressError(f"step {name} failed: {error['message'] or error['kind']}")

@@ -1,0 +1,227 @@
+"""kfp.local, run strictly and in the open. The pipelines here are small ones of their own."""
+
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from kfp import dsl, local
+
+from components import _local
+from components._local import ConditionError, Step, fingerprint, on_this_machine, run, strict
+from filterpress.errors import BudgetError, FilterpressError
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def say(text: str, said: dsl.Output[dsl.Artifact], report: dsl.Output[dsl.Metrics]) -> str:
+    from pathlib import Path
+
+    from filterpress import recording
+
+    Path(said.path).write_text(text)
+    recording.record({"n_bytes": len(text), "loss": float("nan")}, report)
+    return text
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def say_two() -> NamedTuple("Two", [("word", str), ("number", float)]):
+    return ("yes", 1.0)
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def fail(text: str):
+    from filterpress import errors
+
+    print("not the last line")  # noqa: T201
+    raise getattr(errors, text)("12 bytes of 10")
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def be_killed():
+    import os
+
+    os.kill(os.getpid(), 9)
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def end_silently():
+    import os
+
+    os._exit(3)
+
+
+def two_steps():
+    @dsl.pipeline(name="inner")
+    def inner(text: str) -> str:
+        return say(text=text).outputs["Output"]
+
+    @dsl.pipeline(name="two-steps")
+    def outer(text: str = "yes"):
+        first = inner(text=text)
+        with dsl.If(first.output == "yes"):
+            say(text="done").set_caching_options(False)
+
+    return outer
+
+
+def field_condition():
+    @dsl.pipeline(name="field-condition")
+    def outer():
+        with dsl.If(say_two().outputs["word"] == "yes"):
+            say(text="never")
+
+    return outer
+
+
+def quote_condition():
+    @dsl.pipeline(name="quote-condition")
+    def outer(text: str = "it's"):
+        with dsl.If(say(text=text).outputs["Output"] == "yes"):
+            say(text="never")
+
+    return outer
+
+
+def failing(component, **given):
+    @dsl.pipeline(name="inner")
+    def inner(text: str):
+        component(**given)
+
+    @dsl.pipeline(name="failing")
+    def outer():
+        inner(text="")
+
+    return outer
+
+
+def steps_of(pipeline, out, **arguments):
+    return run(pipeline, arguments, out, lambda step: None)
+
+
+def test_every_step_is_told_with_where_it_is_and_what_it_reported(tmp_path):
+    told = []
+    steps = run(two_steps(), {}, tmp_path, told.append)
+    assert steps == told
+    assert [step.name for step in steps] == ["inner/say", "say"]
+    assert [step.report["n_bytes"] for step in steps] == [3, 4]
+
+
+def test_a_second_run_reuses_what_did_not_change_and_runs_what_is_never_cached(tmp_path):
+    assert [step.reused for step in steps_of(two_steps(), tmp_path)] == [False, False]
+    assert [step.reused for step in steps_of(two_steps(), tmp_path)] == [True, False]
+    assert [step.reused for step in steps_of(two_steps(), tmp_path, text="no")] == [False]
+
+
+def test_a_reused_step_is_reported_as_it_was(tmp_path):
+    (first, _), (again, _) = (steps_of(two_steps(), tmp_path) for _ in range(2))
+    assert again.report.keys() == first.report.keys()
+    assert again.report["n_bytes"] == first.report["n_bytes"]
+
+
+@pytest.mark.parametrize("bad", [field_condition, quote_condition], ids=lambda bad: bad.__name__)
+def test_a_condition_that_cannot_be_evaluated_is_an_error(bad, tmp_path):
+    with pytest.raises(ConditionError, match="cannot be run here"):
+        steps_of(bad(), tmp_path)
+
+
+def test_kfp_itself_takes_such_a_condition_for_false_and_says_nothing(tmp_path, capsys):
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path))
+    field_condition()()
+    assert "SUCCESS" in capsys.readouterr().out
+
+
+def test_strictness_ends_with_its_block(caplog):
+    with strict():
+        pass
+    logging.getLogger().warning("Could not resolve")
+    assert "Could not resolve" in caplog.text
+
+
+def test_thresholds_that_were_not_met_are_a_budget_error_with_the_steps_own_words(tmp_path):
+    with pytest.raises(BudgetError, match=r"^12 bytes of 10$"):
+        steps_of(failing(fail, text="BudgetError"), tmp_path)
+
+
+def test_another_failure_names_the_step_and_repeats_its_last_line(tmp_path):
+    with pytest.raises(FilterpressError, match=r"^step inner/fail failed: 12 bytes of 10$"):
+        steps_of(failing(fail, text="DataError"), tmp_path)
+
+
+def test_a_step_that_was_killed_is_said_to_have_been(tmp_path):
+    with pytest.raises(FilterpressError, match="step inner/be-killed failed: Killed"):
+        steps_of(failing(be_killed), tmp_path)
+
+
+def test_a_step_that_ends_silently_is_said_to_have_given_no_reason(tmp_path):
+    with pytest.raises(FilterpressError, match="step inner/end-silently ended without a reason"):
+        steps_of(failing(end_silently), tmp_path)
+
+
+def test_the_whole_output_of_the_steps_is_in_the_log_and_not_on_the_terminal(tmp_path, capfd):
+    with pytest.raises(FilterpressError):
+        steps_of(failing(fail, text="DataError"), tmp_path)
+    assert "not the last line" in (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_kfp_is_left_as_it_was_found(tmp_path):
+    before = _local.orchestrator.execute_task, list(logging.getLogger().filters)
+    with pytest.raises(BudgetError):
+        steps_of(failing(fail, text="BudgetError"), tmp_path)
+    assert (_local.orchestrator.execute_task, logging.getLogger().filters) == before
+
+
+def test_the_cache_is_another_one_for_other_weights_under_the_same_name(tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"a")
+    before = fingerprint({"weights": str(weights)})
+    assert fingerprint({"weights": str(weights)}) == before
+    weights.write_bytes(b"b")
+    assert fingerprint({"weights": str(weights)}) != before
+
+
+def test_the_cache_is_another_one_for_another_version_of_the_users_own_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "my_own_task.py"
+    code.write_text("x = 1", encoding="utf-8")
+    before = fingerprint({"task": "my_own_task:make"})
+    code.write_text("x = 2", encoding="utf-8")
+    assert fingerprint({"task": "my_own_task:make"}) != before
+
+
+def test_paths_are_absolute_and_addresses_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"weights": "w.pt", "data_dir": "", "store": "gs://bucket/x", "keys": "keys", "seed": 1}
+    assert on_this_machine(given, tmp_path / "out") == {
+        "weights": str(tmp_path / "w.pt"),
+        "data_dir": "",
+        "store": "gs://bucket/x",
+        "keys": str(tmp_path / "keys"),
+        "seed": 1,
+    }
+
+
+def test_without_a_store_the_release_is_in_the_folder_of_the_run(tmp_path):
+    given = {"weights": "", "data_dir": "", "store": "", "keys": ""}
+    assert on_this_machine(given, tmp_path)["store"] == str(tmp_path / "release")
+
+
+def test_a_run_that_published_nothing_has_no_story(tmp_path):
+    step = Step("evaluate", False, {}, {"decision": "next"}, "")
+    with pytest.raises(FilterpressError, match="without publishing"):
+        _local.story([step], tmp_path)
+
+
+def test_the_story_of_a_run_is_its_last_measurement_and_its_receipt(tmp_path):
+    page = dsl.HTML(uri=str(tmp_path / "page"))
+    Path(page.path).write_text("<p>", encoding="utf-8")
+    steps = [
+        Step("round-1/evaluate", False, {}, {"decision": "retrain", "accuracy": 0.8}, ""),
+        Step("retrain-loop-1/evaluate", False, {}, {"decision": "publish", "accuracy": 0.9}, ""),
+        Step("publish", False, {"release": None, "page": page}, {"store": "there"}, ""),
+    ]
+    report = _local.story(steps, tmp_path)
+    assert (report["accuracy"], report["release"]) == (0.9, "there")
+    assert Path(report["html"]).read_text(encoding="utf-8") == "<p>"
+    json.dumps(report)
