@@ -1,8 +1,8 @@
 """Layers whose weight is made of fewer numbers, and layers that replace another.
 
-`Quantized` is a parametrisation: the layer keeps a floating-point weight to learn with, and computes
-with the nearest multiples of a step, exactly those that the codec stores. `Projected` stands for one
-convolution by two smaller ones.
+`Quantized` is a parametrisation: the layer keeps a floating-point weight to learn with, and
+computes with the nearest multiples of a step, exactly those that the codec stores. `Projected`
+stands for one convolution by two smaller ones.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def quantize_(module: nn.Module, step: Tensor) -> None:
 
 def step_of(module: nn.Module) -> Tensor:
     """Return the ``(O,)`` steps of a quantised layer."""
-    return module.parametrizations["weight"][0].step  # type: ignore[index, union-attr, return-value]
+    return module.get_buffer("parametrizations.weight.0.step")
 
 
 def latent_weight(module: nn.Module) -> Tensor:
     """Return the floating-point weight that a layer learns with, quantised or not."""
     if is_quantized(module):
-        return module.parametrizations["weight"].original.detach()  # type: ignore[index, union-attr]
-    return module.weight.detach()  # type: ignore[union-attr, operator]
+        return module.get_parameter("parametrizations.weight.original").detach()
+    return module.get_parameter("weight").detach()
 
 
 def like(layer: Layer, n_in: int, n_out: int, groups: int = 1) -> Layer:

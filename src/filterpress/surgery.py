@@ -9,6 +9,8 @@ Shapes: a convolution's weight is ``(O, I, kh, kw)``, a linear layer's ``(O, I)`
 
 from __future__ import annotations
 
+import copy
+import logging
 import warnings
 from typing import Literal, NamedTuple
 
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 from filterpress.errors import ModelError
 from filterpress.representations import Layer, Projected, like, without_quantization
 
+log = logging.getLogger(__name__)
+
 Side = Literal["out", "in", "through"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# what torch-pruning and torch raise over a network that cannot be followed
+_LOST = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Member(NamedTuple):
@@ -55,8 +61,10 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Tell whether a layer filters each channel by itself."""
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+    """Tell whether a layer filters each channel by itself, into one channel."""
+    return (
+        isinstance(layer, nn.Conv2d) and layer.out_channels == layer.groups == layer.in_channels > 1
+    )
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -70,7 +78,13 @@ def plain(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy in evaluation mode; projected layers compute the same function.
+
+    Raises:
+        ModelError: A weight is not finite.
     """
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ModelError(f"the values of {name} must be finite, got NaN or infinity")
     result = without_quantization(model, rounded=False)
     for name, module in list(result.named_modules()):
         if isinstance(module, Projected):
@@ -88,7 +102,7 @@ def merged(layer: Projected) -> Layer:
         A layer with the same function and the shape from before the projection.
     """
     first, last = layer.get_submodule("project"), layer.get_submodule("apply_")
-    order = layer.get_submodule("order").index if "order" in layer._modules else None
+    order = layer.get_buffer("order.index") if "order" in layer._modules else None
     if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
         weight = last.weight @ first.weight
     elif isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d):
@@ -111,8 +125,11 @@ def merged(layer: Projected) -> Layer:
 def channel_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
     """Find the groups of channels that can be cut.
 
-    Left out are the outputs of the network and channels that pass a layer this module cannot cut
-    (grouped convolutions, normalisations other than batch-norm, bare parameters).
+    Left out are the outputs of the network, channels that pass a layer this module cannot cut
+    (grouped convolutions, normalisations other than batch-norm, bare parameters), and those that
+    pass something that cannot be followed, such as a shuffle or a shortcut filled up with zeros:
+    every group that is returned has been cut on trial. What is left out can be projected and
+    quantised all the same.
 
     Args:
         model: A plain network, see `plain`.
@@ -124,19 +141,57 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
     Reference:
         Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
     """
+    groups = _traced(model, example)
+    if _cut_cleanly(model, groups, example):
+        return groups
+    sound = []
+    for group in groups:
+        if _cut_cleanly(model, [group], example):
+            sound.append(group)
+        else:
+            log.warning("channels of %s stay: they cannot be followed", group.members[0].name)
+    return sound
+
+
+def _traced(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
+    """Find the groups that torch-pruning believes in."""
     import torch_pruning
 
     names = {module: name for name, module in model.named_modules()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     found = []
-    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-        members = _members(group, names)
-        if members is not None and any(m.side == "in" for m in members):
-            n_channels = 1 + max(int(m.channels.max()) for m in members)
-            found.append(ChannelGroup(n_channels, members))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+        for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+            members = _members(group, names)
+            if members is not None and any(m.side == "in" for m in members):
+                n_channels = 1 + max(int(m.channels.max()) for m in members)
+                found.append(ChannelGroup(n_channels, members))
+    except _LOST as error:
+        log.warning("all channels stay: torch-pruning cannot trace this network (%r)", error)
+        return []
     return found
+
+
+def _cut_cleanly(model: nn.Module, groups: list[ChannelGroup], example: Tensor) -> bool:
+    """Tell whether the outputs stay when half of the channels are silenced, then cut."""
+    trial = copy.deepcopy(model)
+    kept = [torch.arange(group.n_channels) % 2 == 0 for group in groups]
+    try:
+        with torch.no_grad():
+            for group, keep in zip(groups, kept, strict=True):
+                for member in group.consumers:
+                    gone = member.features[~keep[member.channels]]
+                    layers(trial)[member.name].weight[:, gone] = 0
+            before = trial(example)
+            keep_channels_(trial, groups, kept)
+            after = trial(example)
+    except _LOST:
+        return False
+    return before.shape == after.shape and bool(
+        (after - before).abs().max() <= 1e-3 * before.abs().max()
+    )
 
 
 def _members(group: object, names: dict[nn.Module, str]) -> tuple[Member, ...] | None:
@@ -184,16 +239,16 @@ def keep_channels_(model: nn.Module, groups: list[ChannelGroup], kept: list[Tens
         for member in group.members:
             gone = member.features[~keep[member.channels]]
             drop.setdefault((member.name, member.side), []).append(gone)
-    for (name, side), gone in drop.items():
-        positions = torch.cat(gone)
+    for (name, side), positions_of in drop.items():
+        positions = torch.cat(positions_of)
         if len(positions):
             _cut_(model.get_submodule(name), side, positions)
 
 
 def _cut_(module: nn.Module, side: Side, gone: Tensor) -> None:
     dim = 1 if side == "in" else 0
-    reference = module.running_mean if isinstance(module, _NORMS) else module.weight
-    keep = torch.ones(reference.shape[dim], dtype=torch.bool)  # type: ignore[union-attr, index]
+    name = "running_mean" if isinstance(module, _NORMS) else "weight"
+    keep = torch.ones(getattr(module, name).shape[dim], dtype=torch.bool)
     keep[gone] = False
     n = int(keep.sum())
     if isinstance(module, _NORMS):

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from filterpress.codec import quantize, snap
+from filterpress.representations import (
+    ChannelOrder,
+    Quantized,
+    is_quantized,
+    latent_weight,
+    like,
+    quantize_,
+    step_of,
+    without_quantization,
+)
+from tests import networks
+
+
+def steps(n):
+    return torch.from_numpy(snap(np.linspace(0.01, 0.3, n)))
+
+
+@pytest.fixture
+def convolution():
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    quantize_(layer, steps(5))
+    return layer
+
+
+def test_the_layer_computes_with_exactly_what_the_codec_stores(convolution):
+    latent = latent_weight(convolution)
+    stored = quantize(latent.numpy(), step_of(convolution).numpy())
+    assert np.array_equal(convolution.weight.detach().numpy(), stored.dequantize())
+    assert not torch.equal(convolution.weight, latent)
+
+
+def test_each_row_has_a_step_of_its_own():
+    quantized = Quantized(torch.tensor([0.5, 2.0]))
+    found = quantized(torch.tensor([[0.6, -1.3], [0.9, 3.1]]))
+    assert found.tolist() == [[0.5, -1.5], [0.0, 4.0]]
+
+
+def test_the_gradient_passes_to_the_weight_underneath_unchanged(convolution):
+    direction = torch.randn(5, 3, 3, 3)
+    (convolution.weight * direction).sum().backward()
+    original = convolution.parametrizations.weight.original
+    torch.testing.assert_close(original.grad, direction, rtol=0, atol=0)
+
+
+def test_steps_do_not_learn(convolution):
+    assert "step" not in {name.rpartition(".")[2] for name, _ in convolution.named_parameters()}
+    convolution.weight.sum().backward()
+    assert not step_of(convolution).requires_grad
+
+
+def test_copies_are_independent(convolution):
+    twin = copy.deepcopy(convolution)
+    before = convolution.weight.detach().clone()
+    with torch.no_grad():
+        twin.parametrizations.weight.original.add_(1.0)
+        step_of(twin).mul_(3.0)
+    assert convolution.weight.equal(before)
+    assert not twin.weight.equal(before)
+
+
+def test_an_assigned_weight_is_kept_unrounded(convolution):
+    weight = torch.randn(5, 3, 3, 3)
+    convolution.weight = weight
+    assert latent_weight(convolution).equal(weight)
+    assert not convolution.weight.equal(weight)
+
+
+def test_a_plain_layer_is_not_quantised_and_learns_with_its_weight():
+    layer = nn.Linear(3, 2)
+    assert not is_quantized(layer)
+    assert latent_weight(layer).equal(layer.weight)
+
+
+def test_channel_order_puts_each_channel_in_its_place():
+    order = ChannelOrder(torch.tensor([2, 0, 1]))
+    for x in (torch.randn(4, 3, 2, 2), torch.randn(4, 3)):
+        torch.testing.assert_close(order(x), torch.stack([x[:, 2], x[:, 0], x[:, 1]], dim=1))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, (3, 1), (2, 1), (1, 0), (1, 2), padding_mode="circular"),
+        nn.Conv2d(4, 6, 3, padding="same", bias=False),
+        nn.Linear(4, 6, bias=False),
+    ],
+    ids=["geometry", "same", "linear"],
+)
+def test_a_like_layer_differs_in_width_alone(layer):
+    twin = like(layer, 8, 12, groups=2 if isinstance(layer, nn.Conv2d) else 1)
+    shapes = (twin.weight.shape[0], twin.weight.shape[1], *twin.weight.shape[2:])
+    n_in = 4 if isinstance(layer, nn.Conv2d) else 8
+    assert shapes == (12, n_in, *layer.weight.shape[2:])
+    assert (twin.bias is None) == (layer.bias is None)
+    if isinstance(layer, nn.Conv2d):
+        for key in ("stride", "padding", "dilation", "padding_mode"):
+            assert getattr(twin, key) == getattr(layer, key)
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_a_network_without_quantisation_computes_the_same_when_rounded(name):
+    network = networks.make(name)
+    images = networks.images(4)
+    plain_outputs = network(images)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            quantize_(module, torch.full((len(module.weight),), 0.05))
+    quantized_outputs = network(images)
+    rounded = without_quantization(network, rounded=True)
+    latent = without_quantization(network, rounded=False)
+    assert not any(is_quantized(module) for module in rounded.modules())
+    torch.testing.assert_close(rounded(images), quantized_outputs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(latent(images), plain_outputs, rtol=0, atol=1e-6)
+    assert not torch.allclose(plain_outputs, quantized_outputs, atol=1e-3)
+    assert is_quantized(next(m for m in network.modules() if isinstance(m, nn.Conv2d)))
