@@ -27,7 +27,7 @@ from kfp.dsl.pipeline_task import PipelineTask
 from components._cluster import send
 from components._ir import pin, settle_names
 from components._lint import check
-from components._local import on_this_machine, story, tell
+from components._local import on_this_machine
 from components._local import run as run_locally
 from components._rounds import call, make_retrain_loop, make_round
 from components.give_up import give_up
@@ -243,8 +243,7 @@ def run(
         arguments = on_this_machine(parameters, out)
         bounds = {"rounds": arguments["max_rounds"], "retrains": arguments["max_retrains"]}
         pipeline = build(**bounds, size_tries=size_tries, cache_evaluate=True)
-        steps = run_locally(pipeline, arguments, out, tell)
-        report = story(steps, out)
+        report = run_locally(pipeline, arguments, out)
     terminal.show(report, json)
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ from kfp.local.status import Status
 
 import filterpress
 from filterpress.errors import BudgetError, FilterpressError
+from filterpress.reporting import write_html
+from filterpress.stages import ENCODED
 
 Report = dict[str, Any]
 
@@ -52,24 +53,47 @@ class _Unevaluated(BaseException):
     """Carries the news through kfp.local, which swallows every Exception while it evaluates."""
 
 
-def run(
-    pipeline: GraphComponent,
-    arguments: dict[str, Any],
-    out: Path,
-    tell: Callable[[Step], None],
-) -> list[Step]:
-    """Run a pipeline on this machine, one process a step.
-
-    Steps whose inputs did not change since an earlier run in the same folder are reused.
+def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path) -> Report:
+    """Run the pipeline on this machine, and tell on standard error what every step did.
 
     Args:
         pipeline: Pipeline.
         arguments: Its parameters; paths must be absolute.
-        out: Folder of the run: ``steps/``, ``cache/`` and ``run.log``.
-        tell: Called with every step as it ends.
+        out: Folder of the run; a second run in it reuses the steps whose inputs did not change.
 
     Returns:
-        The steps, in the order in which they ended.
+        Report of the last measurement and of the publication, with ``release``, ``package`` and
+        ``html``.
+
+    Raises:
+        BudgetError: The thresholds were not met.
+        FilterpressError: The run ended without publishing for another reason.
+    """
+    steps: list[Step] = []
+
+    def note(step: Step) -> None:
+        steps.append(step)
+        tell(step)
+
+    try:
+        execute(pipeline, arguments, out, note)
+    finally:
+        report = leave_results(steps, out)
+    if "release" not in report:
+        raise FilterpressError(f"the run ended without publishing; see {out / 'run.log'}")
+    return report
+
+
+def execute(
+    pipeline: GraphComponent, arguments: dict[str, Any], out: Path, note: Callable[[Step], None]
+) -> None:
+    """Run a pipeline with sub-pipelines, one process a step.
+
+    Args:
+        pipeline: Pipeline.
+        arguments: Its parameters.
+        out: Folder for ``steps/``, ``cache/`` and ``run.log``.
+        note: Called with every step as it ends.
 
     Raises:
         BudgetError: The thresholds were not met.
@@ -83,24 +107,23 @@ def run(
         enable_caching=True,
         cache_root=str(out / "cache" / fingerprint(arguments)),
     )
-    steps: list[Step] = []
+    failed: list[Step] = []
 
-    def note(step: Step) -> None:
-        steps.append(step)
-        tell(step)
+    def watch(step: Step) -> None:
+        failed.extend([step] if step.last_words else [])
+        note(step)
 
     with (
         (out / "run.log").open("a+", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         warnings.catch_warnings(action="ignore"),
         strict(),
-        watched(note, log),
+        watched(watch, log),
     ):
         try:
             pipeline(**arguments)
-        except RuntimeError:
-            raise _failure(steps) from None
-    return steps
+        except RuntimeError as error:
+            raise (_failure(failed[-1]) if failed else error) from None
 
 
 @contextlib.contextmanager
@@ -220,26 +243,33 @@ def tell(step: Step) -> None:
     sys.stderr.write(f"{step.name:27} {outcome:9} {'  '.join(numbers)}".rstrip() + "\n")
 
 
-def story(steps: list[Step], out: Path) -> dict[str, Any]:
-    """Gather the report of a run that published.
+def leave_results(steps: list[Step], out: Path) -> Report:
+    """Leave in the folder of a run its page, its report and, if it published, the file.
 
     Args:
         steps: Steps of the run, in order.
-        out: Folder of the run; the page is copied there.
+        out: Folder of the run.
 
     Returns:
-        Report of the last measurement and of the publication, with ``release`` and ``html``.
-
-    Raises:
-        FilterpressError: The run ended without publishing.
+        The report; without ``release`` if nothing was published, empty if nothing was measured.
     """
-    measured = [step.report for step in steps if "decision" in step.report]
-    if not steps or "release" not in steps[-1].outputs:
-        raise FilterpressError(f"the run ended without publishing; see {out / 'run.log'}")
-    page = out / "report.html"
-    shutil.copyfile(steps[-1].outputs["page"].path, page)
-    receipt = steps[-1].report
-    return {**measured[-1], **receipt, "release": receipt["store"], "html": str(page)}
+    measured = [step for step in steps if "evaluated" in step.outputs]
+    if not measured:
+        return {}
+    package, page = Path(measured[-1].outputs["evaluated"].path), out / "report.html"
+    write_html(package, page)
+    report = {**measured[-1].report, "package": str(package), "html": str(page)}
+    if "release" in steps[-1].outputs:
+        report |= {**steps[-1].report, "release": steps[-1].report["store"]}
+        _replace(out / ENCODED, (package / ENCODED).read_bytes())
+    _replace(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
+    return report
+
+
+def _replace(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_bytes(data)
+    draft.replace(path)
 
 
 def _innermost(places: list[str]) -> str:
@@ -261,18 +291,14 @@ def _last_words(log: TextIO, start: int) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def _failure(steps: list[Step]) -> FilterpressError:
-    """Make the error that the failed step ended with: its last line is ``module.Type: message``."""
-    failed = [step for step in steps if step.last_words]
-    if not failed:
-        return FilterpressError("the pipeline failed outside of its steps; see run.log")
-    name, words = failed[-1].name, failed[-1].last_words
-    error = _EXCEPTION.fullmatch(words)
+def _failure(step: Step) -> FilterpressError:
+    """Make the error that a step ended with: its last line is ``module.Type: message``."""
+    error = _EXCEPTION.fullmatch(step.last_words)
     if not error:
-        return FilterpressError(f"step {name} ended without a reason; see run.log")
+        return FilterpressError(f"step {step.name} ended without a reason; see run.log")
     if error["kind"] == BudgetError.__name__:
         return BudgetError(error["message"])
-    return FilterpressError(f"step {name} failed: {error['message'] or error['kind']}")
+    return FilterpressError(f"step {step.name} failed: {error['message'] or error['kind']}")
 
 
 def _short(value: object) -> str:

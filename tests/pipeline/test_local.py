@@ -9,7 +9,7 @@ import pytest
 from kfp import dsl, local
 
 from components import _local
-from components._local import ConditionError, Step, fingerprint, on_this_machine, run, strict
+from components._local import ConditionError, Step, execute, fingerprint, on_this_machine, strict
 from filterpress.errors import BudgetError, FilterpressError
 
 
@@ -96,13 +96,13 @@ def failing(component, **given):
 
 
 def steps_of(pipeline, out, **arguments):
-    return run(pipeline, arguments, out, lambda step: None)
+    steps = []
+    execute(pipeline, arguments, out, steps.append)
+    return steps
 
 
 def test_every_step_is_told_with_where_it_is_and_what_it_reported(tmp_path):
-    told = []
-    steps = run(two_steps(), {}, tmp_path, told.append)
-    assert steps == told
+    steps = steps_of(two_steps(), tmp_path)
     assert [step.name for step in steps] == ["inner/say", "say"]
     assert [step.report["n_bytes"] for step in steps] == [3, 4]
 
@@ -207,21 +207,38 @@ def test_without_a_store_the_release_is_in_the_folder_of_the_run(tmp_path):
     assert on_this_machine(given, tmp_path)["store"] == str(tmp_path / "release")
 
 
-def test_a_run_that_published_nothing_has_no_story(tmp_path):
-    step = Step("evaluate", False, {}, {"decision": "next"}, "")
-    with pytest.raises(FilterpressError, match="without publishing"):
-        _local.story([step], tmp_path)
+@pytest.fixture
+def measured(tmp_path):
+    package = dsl.Model(uri=str(tmp_path / "package"))
+    Path(package.path).mkdir()
+    (Path(package.path) / "model.json").write_text('{"history": []}', encoding="utf-8")
+    (Path(package.path) / "model.fpk").write_bytes(b"encoded")
+    report = {"decision": "publish", "accuracy": 0.9}
+    return Step("round-1/evaluate", False, {"evaluated": package}, report, "")
 
 
-def test_the_story_of_a_run_is_its_last_measurement_and_its_receipt(tmp_path):
-    page = dsl.HTML(uri=str(tmp_path / "page"))
-    Path(page.path).write_text("<p>", encoding="utf-8")
-    steps = [
-        Step("round-1/evaluate", False, {}, {"decision": "retrain", "accuracy": 0.8}, ""),
-        Step("retrain-loop-1/evaluate", False, {}, {"decision": "publish", "accuracy": 0.9}, ""),
-        Step("publish", False, {"release": None, "page": page}, {"store": "there"}, ""),
-    ]
-    report = _local.story(steps, tmp_path)
+def test_a_run_that_published_leaves_the_file_and_the_report_with_the_receipt(tmp_path, measured):
+    earlier = measured._replace(report={"decision": "retrain", "accuracy": 0.8})
+    receipt = Step("publish", False, {"release": None}, {"store": "there"}, "")
+    report = _local.leave_results([earlier, measured, receipt], tmp_path)
     assert (report["accuracy"], report["release"]) == (0.9, "there")
-    assert Path(report["html"]).read_text(encoding="utf-8") == "<p>"
-    json.dumps(report)
+    assert (tmp_path / "model.fpk").read_bytes() == b"encoded"
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    assert Path(report["html"]) == tmp_path / "report.html"
+
+
+def test_a_run_that_gave_up_leaves_its_page_and_its_numbers_but_no_file(tmp_path, measured):
+    report = _local.leave_results([measured, Step("give-up", False, {}, {}, "no")], tmp_path)
+    assert "release" not in report
+    assert (tmp_path / "report.html").is_file()
+    assert not (tmp_path / "model.fpk").exists()
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(tmp_path):
+    assert _local.leave_results([], tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_well_without_publishing_is_an_error(tmp_path):
+    with pytest.raises(FilterpressError, match="without publishing"):
+        _local.run(two_steps(), {}, tmp_path)
