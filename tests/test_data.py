@@ -123,6 +123,12 @@ def test_files_of_fashion_mnist_are_read_where_they_lie_and_left_alone(tmp_path,
     assert not rows(found.train.images) & rows(found.validation.images)
 
 
+def test_without_a_directory_the_cache_of_the_user_is_searched(tmp_path, monkeypatch):
+    _, (test, _) = write_fashion(tmp_path / "filterpress", ".gz")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_data("fashion-mnist").test.images.numpy().tobytes() == test.tobytes()
+
+
 @pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist_as_debian_packages_it():
     found = load_data("fashion-mnist", str(DEBIAN_FASHION))
