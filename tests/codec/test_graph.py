@@ -211,6 +211,13 @@ def test_a_graph_that_does_not_fit_its_tensors_is_refused(graph, tensors):
         fill(graph, tensors)
 
 
+def test_two_initializers_of_one_name_are_refused_before_any_is_filled():
+    model = onnx.load_from_string(GRAPH)
+    model.graph.initializer.append(model.graph.initializer[0])
+    with pytest.raises(BitstreamError, match="not those of its graph"):
+        fill(model.SerializeToString(), TENSORS)
+
+
 def test_a_filled_weight_is_the_dequantised_tensor():
     model = fill(GRAPH, decode(encode(TENSORS, GRAPH, {})).tensors)
     for weight in model.graph.initializer[:3]:
