@@ -261,6 +261,18 @@ def test_the_predictor_is_the_network_in_evaluation_mode(task):
     torch.testing.assert_close(rough, outputs.detach(), atol=0.05, rtol=0.05)
 
 
+def test_precision_is_chosen_by_the_machine_and_the_network_unless_it_is_given(monkeypatch):
+    cpu, plain = torch.device("cpu"), small_net()
+    depthwise = nn.Sequential(plain, nn.Conv2d(4, 4, 3, groups=4))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert training._in_bfloat16("auto", plain, cpu) == native
+        assert not training._in_bfloat16("auto", depthwise, cpu)
+        assert training._in_bfloat16("bfloat16", depthwise, cpu)
+        assert not training._in_bfloat16("float32", plain, cpu)
+
+
 def test_adamw_learns_too(task):
     config = FitConfig(epochs=4, batch_size=16, optimizer="adamw", lr=0.01)
     assert fit(small_net(), task, config, seed=0).validation_score > 0.9
