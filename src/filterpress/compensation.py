@@ -144,6 +144,6 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     Returns:
         ``(n, m)``; directions without power get (nearly) no weight.
     """
-    ridge = RIDGE * matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    ridge = (RIDGE * matrix.diagonal().mean()).clamp(min=1e-30)  # far from denormal numbers
     factor, _ = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
     return torch.cholesky_solve(right, factor)

@@ -160,7 +160,7 @@ def _traced(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
     names = {module: name for name, module in model.named_modules()}
     found = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():  # tracing follows gradients
             warnings.simplefilter("ignore")
             graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
         for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from filterpress import statistics
+from filterpress.statistics import Moments, measure, patches, recalibrate_
+from tests import networks
+
+LAYERS = {
+    "plain": nn.Conv2d(4, 6, 3),
+    "strided": nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)),
+    "dilated": nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+    "grouped": nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    "depthwise": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "1x1": nn.Conv2d(4, 6, 1, stride=2),
+}
+IMAGES = networks.images(12, shape=(4, 8, 8))
+
+
+def unfolded(layer, x):
+    """Return the patches ``(groups, N * positions, d)`` of a convolution, by torch itself."""
+    columns = F.unfold(
+        x, layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride
+    )  # (N, I kh kw, positions)
+    n, _, positions = columns.shape
+    columns = columns.view(n, layer.groups, -1, positions)
+    return columns.permute(1, 0, 3, 2).reshape(layer.groups, n * positions, -1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inputs_are_the_second_moment_of_unfolded_patches(kind):
+    layer = LAYERS[kind]
+    n_outputs = layer(IMAGES).flatten(1).shape[1]
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(n_outputs, 3)).eval()
+    found = measure(network, IMAGES)["0"]
+    seen = unfolded(layer, IMAGES)
+    expected = torch.einsum("gnd,gne->gde", seen, seen) / seen.shape[1]
+    torch.testing.assert_close(found.inputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_a_linear_layer_are_its_own():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).eval()
+    seen = IMAGES.flatten(1)
+    expected = (seen.T @ seen / len(seen))[None]
+    torch.testing.assert_close(measure(network, IMAGES)["1"].inputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_of_positions_holds_rows_of_all():
+    layer = LAYERS["strided"]
+    shape = layer(IMAGES).shape
+    every = patches(layer, IMAGES, shape, 10**6, torch.Generator().manual_seed(0))
+    some = patches(layer, IMAGES, shape, 5, torch.Generator().manual_seed(0))
+    assert some.shape == (1, len(IMAGES) * 5, every.shape[2])
+    distances = torch.cdist(some[0], every[0]).amin(dim=1)
+    torch.testing.assert_close(distances, torch.zeros_like(distances), rtol=0, atol=2e-2)
+
+
+def feature_maps(network, images, names):
+    """Run a network; return its layers' outputs by name, and its own as ``outputs``."""
+    made = {}
+
+    def listen(name):
+        def keep(module, args, output):
+            made[name] = output
+
+        return network.get_submodule(name).register_forward_hook(keep)
+
+    handles = [listen(name) for name in names]
+    made["outputs"] = network(images)
+    for handle in handles:
+        handle.remove()
+    return made
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_gain_is_the_squared_gradient_of_each_image_summed_over_positions(name, monkeypatch):
+    network, images = networks.make(name), networks.images(5)
+    directions = []
+    original = statistics._direction
+
+    def remembered(outputs, generator):
+        directions.append(original(outputs, generator))
+        return directions[-1]
+
+    monkeypatch.setattr(statistics, "_direction", remembered)
+    found = measure(network, images)
+    totals = {key: torch.zeros_like(value.gain) for key, value in found.items()}
+    for image, direction in zip(images, torch.cat(directions), strict=True):
+        made = feature_maps(network, image[None], list(found))
+        gradients = torch.autograd.grad(made.pop("outputs") @ direction, list(made.values()))
+        for key, gradient in zip(made, gradients, strict=True):
+            rows = gradient[0].reshape(len(totals[key]), -1)
+            totals[key] += rows.square().sum(dim=1) / len(images)
+    for key, total in totals.items():
+        torch.testing.assert_close(found[key].gain, total, rtol=1e-3, atol=1e-7)
+
+
+def test_directions_have_the_curvature_of_the_softened_softmax():
+    outputs = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = statistics._direction(outputs.expand(200_000, -1), generator)
+    p = torch.softmax(outputs[0] / statistics.TEMPERATURE, dim=0)
+    torch.testing.assert_close(
+        drawn.T @ drawn / len(drawn), torch.diag(p) - p[:, None] * p, rtol=0, atol=3e-3
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_error_is_the_quadratic_form_summed_over_filters(groups):
+    generator = torch.Generator().manual_seed(1)
+    d, n_out = 8, 6
+    root = torch.randn(groups, d, d, generator=generator)
+    moments = Moments(root @ root.mT, torch.rand(n_out, generator=generator))
+    delta = torch.randn(n_out, 2, 2, 2, generator=generator)
+    expected = 0.0
+    for o in range(n_out):
+        e = delta[o].flatten()
+        second = moments.inputs[o // (n_out // groups)]
+        expected += 0.5 * float(moments.gain[o]) * float(e @ second @ e)
+    assert moments.error(delta) == pytest.approx(expected, rel=1e-4)
+    assert float(moments.errors(delta).sum()) == pytest.approx(expected, rel=1e-4)
+    assert moments.error(torch.zeros_like(delta)) == 0
+
+
+@torch.no_grad()
+def test_error_predicts_the_change_of_the_outputs_of_a_linear_network():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(32, 6)).eval()
+    images = networks.images(20_000, shape=(2, 4, 4))
+    delta = 1e-2 * torch.randn(6, 32)
+    moments = measure(network, images)["1"]
+    p = torch.softmax(network(images) / statistics.TEMPERATURE, dim=1)
+    change = images.flatten(1) @ delta.T
+    # the diagonal of the softmax's metric, since statistics keep no correlation of two filters
+    expected = 0.5 * ((p - p.square()) * change.square()).sum(dim=1).mean()
+    assert moments.error(delta) == pytest.approx(float(expected), rel=0.1)
+
+
+def test_measuring_leaves_nothing_behind():
+    network = networks.make("residual")
+    before = copy.deepcopy(network.state_dict())
+    first = measure(network, networks.images(20), seed=3)
+    assert all(before[key].equal(value) for key, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
+    second = measure(network, networks.images(20), seed=3)
+    assert all(first[key].gain.equal(second[key].gain) for key in first)
+
+
+def test_a_layer_that_is_not_used_has_no_statistics():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(128, 3), nn.Linear(128, 3)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    assert set(measure(Idle().eval(), networks.images(4))) == {"used"}
+
+
+def test_many_images_give_the_same_statistics_as_few_at_a_time():
+    network, images = networks.make("flattening"), networks.images(700)
+    whole = measure(network, images)
+    halves = [measure(network, part) for part in images.split(350)]
+    # the last layer before the outputs sees every position of every image
+    expected = (halves[0]["12"].inputs + halves[1]["12"].inputs) / 2
+    torch.testing.assert_close(whole["12"].inputs, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_recalibrated_norms_have_the_statistics_of_what_reaches_them():
+    network, images = networks.make("residual"), networks.images(40)
+    recalibrate_(network, images)
+    seen = network.stem[0](images)
+    norm = network.stem[1]
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, seen.transpose(0, 1).flatten(1).var(dim=1))
+    assert norm.momentum == 0.1
+    assert not any(module.training for module in network.modules())
+
+
+def test_recalibration_keeps_weights_and_dropout_out_of_it():
+    network, images = networks.make("flattening"), networks.images(40)
+    before = copy.deepcopy(dict(network.named_parameters()))
+    recalibrate_(network, images)
+    once = copy.deepcopy(network.state_dict())
+    recalibrate_(network, images)
+    assert all(p.equal(before[key]) for key, p in network.named_parameters())
+    assert all(once[key].equal(value) for key, value in network.state_dict().items())
