@@ -32,7 +32,7 @@ from filterpress.stages import ENCODED
 Report = dict[str, Any]
 
 #: The last line of a traceback.
-_EXCEPTION = re.compile(r"(?:\w+\.)*(?P<kind>[A-Z]\w*)(?:: (?P<message>.*))?")
+_EXCEPTION = re.compile(r"(?:\w+\.)*(?P<kind>_?[A-Z]\w*)(?:: (?P<message>.*))?")
 
 
 class Step(NamedTuple):

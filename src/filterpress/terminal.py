@@ -48,7 +48,7 @@ def polite(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a user sees one line, whatever it is)
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"error: {_one_line(error)}\n")
@@ -56,7 +56,7 @@ def polite(debug: bool) -> Iterator[None]:
 
 
 def show(report: Mapping[str, Any], as_json: bool) -> None:
-    """Print the report of a stage or a run on standard output.
+    """Print the report of a stage or a run on standard output; people see its layers on the page.
 
     Args:
         report: Flat report.
@@ -73,7 +73,7 @@ def show(report: Mapping[str, Any], as_json: bool) -> None:
         output.print(verdict(report))
         rows = summary_rows(report)
     else:
-        rows = [(key, str(value)) for key, value in report.items()]
+        rows = [(key, str(value)) for key, value in report.items() if key != "layers"]
     for row in rows:
         table.add_row(*row)
     output.print(table)
