@@ -59,7 +59,7 @@ def channel_statistics(
     taps = second[0][columns[:, None, :], columns[None, :, :]]  # (n, n, T)
     channels = taps.mean(dim=2)
     mass = taps.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)  # (T,)
-    weight = model.get_submodule(member.name).weight.detach().flatten(1)  # type: ignore[union-attr, operator]
+    weight = model.get_parameter(f"{member.name}.weight").detach().flatten(1)
     rows = weight[:, columns] * mass.sqrt() * gain.sqrt()[:, None, None]  # (O, n, T)
     rows = rows.transpose(0, 1).flatten(1)
     return ChannelStatistics(channels, rows @ rows.T)
@@ -93,17 +93,14 @@ def cut_compensated_(
     stay: dict[str, Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
         for member in group.consumers:
-            layer = model.get_submodule(member.name)
-            features = stay.setdefault(
-                member.name,
-                torch.ones(layer.weight.shape[1], dtype=torch.bool),  # type: ignore[union-attr, index]
-            )
+            n_features = model.get_parameter(f"{member.name}.weight").shape[1]
+            features = stay.setdefault(member.name, torch.ones(n_features, dtype=torch.bool))
             features[member.features[~keep[member.channels]]] = False
     damage = 0.0
     for name, features in stay.items():
         if features.all():
             continue
-        weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
+        weight = model.get_parameter(f"{name}.weight").detach()
         solved = refit(weight, moments[name], features)
         damage += moments[name].error(solved - weight)
         weight.copy_(solved)
