@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress.representations import Layer
-from filterpress.statistics import Moments
+from filterpress.statistics import Moments, regular
 
 SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of 2**(-2b) / 12
 SAMPLES = 4096  # weights of a block that stand for all of them
@@ -170,10 +170,8 @@ def input_subspaces(
         groups: Number of groups; divides ``O``.
         seed: Seed of the first grouping.
     """
-    n_in = weight.shape[1]
     channels, mass = channel_moments(weight, moments)
-    ridge = 1e-5 * channels.diagonal().mean().clamp(min=1e-24) * torch.eye(n_in)
-    root = torch.linalg.cholesky(channels + ridge)  # (I, I)
+    root = torch.linalg.cholesky(regular(channels))  # (I, I)
     taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     scale = moments.gain.sqrt()[:, None, None] * mass.sqrt()
     filters = (taps * scale).transpose(1, 2) @ root  # (O, T, I) whitened

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from filterpress.representations import Layer
-from filterpress.statistics import Moments
+from filterpress.statistics import Moments, regular
 from filterpress.surgery import ChannelGroup, Member, keep_channels_
 
-RIDGE = 1e-4  # of the mean power, added in least squares: calibration images are few
 
 
 class ChannelStatistics(NamedTuple):
@@ -141,6 +140,5 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     Returns:
         ``(n, m)``; directions without power get (nearly) no weight.
     """
-    ridge = (RIDGE * matrix.diagonal().mean()).clamp(min=1e-30)  # far from denormal numbers
-    factor, _ = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
+    factor = torch.linalg.cholesky(regular(matrix))
     return torch.cholesky_solve(right, factor)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Layer = nn.Conv2d | nn.Linear
+MAX_INTEGER = 2**15 - 1  # of a quantised weight; finer steps would cost bits for nothing
 
 
 class _RoundToStep(torch.autograd.Function):
@@ -100,8 +101,11 @@ def quantize_(module: nn.Module, step: Tensor) -> None:
 
     Args:
         module: A convolution or linear layer, changed in place.
-        step: ``(O,)`` positive, one step per output channel.
+        step: ``(O,)`` positive, one step per output channel; raised where integers would be beyond
+            16 bits.
     """
+    largest = latent_weight(module).flatten(1).abs().amax(dim=1)
+    step = torch.maximum(step, largest / MAX_INTEGER)
     parametrize.register_parametrization(module, "weight", Quantized(step))
 
 

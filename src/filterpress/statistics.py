@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from filterpress.representations import Layer
-from filterpress.surgery import layers
+from filterpress.representations import Layer, is_quantized
+from filterpress.surgery import layers, plain
 
 MAX_ROWS = 8192  # patches a layer; more does not change what is chosen, less is noisy at d = 4608
 BATCH_PIXELS = 2**19  # of the images that pass at a time
 SPARSE = 0.7  # share of columns in use below which the others are left out of a product
+RIDGE = 1e-4  # of the mean power, added to second moments
 TEMPERATURE = 2.0  # of the softmax whose metric weighs the outputs; 1 ignores confident images
 
 
@@ -50,6 +51,17 @@ class Moments(NamedTuple):
         rows = delta.flatten(1).view(len(self.inputs), -1, self.inputs.shape[-1])  # (G, O/G, d)
         power = torch.einsum("god,gde,goe->go", rows, self.inputs, rows).flatten()
         return 0.5 * self.gain * power.clamp(min=0)
+
+
+def regular(matrix: Tensor) -> Tensor:
+    """Add to a second moment ``(n, n)`` what makes it safe to factorise.
+
+    A share of the mean power, because calibration images are few, and of the largest one, because
+    float32 tells no smaller ones from rounding.
+    """
+    power = matrix.diagonal()
+    ridge = RIDGE * power.mean() + 10 * torch.finfo(matrix.dtype).eps * power.max()
+    return matrix + torch.diag((ridge + 1e-24).expand(len(matrix)))
 
 
 def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Moments]:
@@ -75,6 +87,22 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     return {
         name: Moments(_symmetric(m.inputs) / count, m.gain / count) for name, m in totals.items()
     }
+
+
+def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
+    """Copy a network in plain form, its batch-norm measured again if its weights are others.
+
+    A quantised network normalises what its rounded weights make; in plain form it computes with
+    the weights it learns with, and these can be far away.
+
+    Args:
+        model: Any network.
+        images: ``(N, C, H, W)`` calibration images, at least 2.
+    """
+    result = plain(model)
+    if any(is_quantized(module) for module in model.modules()):
+        recalibrate_(result, images)
+    return result
 
 
 def batch_size(images: Tensor) -> int:

@@ -31,7 +31,7 @@ from filterpress.allocation import SLOPE, Allocation, Rates, meet, options
 from filterpress.compensation import ChannelStatistics, channel_statistics, cut_compensated_
 from filterpress.methods import Outcome
 from filterpress.statistics import Moments
-from filterpress.surgery import ChannelGroup, channel_groups, check_runs, layers, plain
+from filterpress.surgery import ChannelGroup, channel_groups, check_runs, layers
 
 FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of a layer's filters, on offer
 DIMENSIONS = 64  # of the space in which channels are clustered
@@ -79,7 +79,7 @@ def merge_filters(
     Returns:
         The network with fewer filters; ``merged`` filters and the ``distortion`` that is left.
     """
-    result = plain(model)
+    result = statistics.plain_for(model, images)
     moments = statistics.measure(result, images, seed=seed)
     groups = [
         group

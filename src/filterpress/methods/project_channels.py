@@ -108,7 +108,7 @@ def project_channels(
     Raises:
         ModelError: Every allocation found is one to avoid.
     """
-    source = plain(model)
+    source = statistics.plain_for(model, images)
     moments = statistics.measure(source, images, seed=seed)
     candidates = {
         name: options(layer, moments[name], max_groups=config.max_groups, seed=seed)

@@ -29,7 +29,7 @@ from filterpress import statistics
 from filterpress.compensation import channel_statistics, cut_compensated_
 from filterpress.methods import Outcome
 from filterpress.statistics import Moments
-from filterpress.surgery import ChannelGroup, channel_groups, check_runs, plain
+from filterpress.surgery import ChannelGroup, channel_groups, check_runs
 
 Measure = Literal["activation", "cosine", "pearson"]
 DEAD = 1e-8  # a channel with less than this share of the strongest one's power never fires
@@ -73,7 +73,7 @@ def prune_similar(
     Returns:
         The pruned network; ``removed`` filters, and the ``distortion`` that compensation left.
     """
-    result = plain(model)
+    result = statistics.plain_for(model, images)
     groups = channel_groups(result, images[:2])
     moments = statistics.measure(result, images, seed=seed)
     kept = [distinct_channels(result, group, moments, config) for group in groups]
