@@ -2,9 +2,8 @@
 #
 #     docker build -f docker/stage.Dockerfile -t filterpress-python:0.1.0 .
 #
-# torch comes with CUDA from PyPI. For steps without a GPU a far smaller image is enough:
-#
-#     docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ...
+# torch comes with CUDA from PyPI. For steps without a GPU a far smaller image is enough: point the
+# build argument PIP_EXTRA_INDEX_URL at an index of CPU builds.
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS wheel
