@@ -126,7 +126,8 @@ def randomise_(network, seed=0):
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 n = module.num_features
                 signs = torch.randint(2, (n,), generator=generator) * 2 - 1
-                module.weight.copy_(signs * (0.5 + torch.rand(n, generator=generator)))
+                if module.affine:
+                    module.weight.copy_(signs * (0.5 + torch.rand(n, generator=generator)))
                 module.running_mean.copy_(0.3 * torch.randn(n, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(n, generator=generator))
     return network.eval()

@@ -139,4 +139,4 @@ def decide(budget: Budget, *, n_bytes: int, accuracy: float, round: int, retrain
         return "publish"
     if retrains < budget.max_retrains:
         return "retrain"
-    return "next" if 0 < budget.max_retrains and round < budget.max_rounds else "give-up"
+    return "next" if budget.max_retrains > 0 and round < budget.max_rounds else "give-up"

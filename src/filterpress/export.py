@@ -92,7 +92,7 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelPr
             torch.onnx.export(
                 bare,
                 (torch.zeros(2, *input_shape),),
-                file,
+                file,  # type: ignore[arg-type]  # the exporter by tracing takes a file, too
                 dynamo=False,
                 opset_version=OPSET,
                 training=torch.onnx.TrainingMode.PRESERVE,
@@ -109,10 +109,14 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelPr
 def _resolve(graph: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
     """Undo the exporter's sharing of equal initialisers; return the initialisers by name."""
     values = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
+    norms = [node for node in graph.graph.node if node.op_type == "BatchNormalization"]
+    of_norms = {name for node in norms for name in node.input}
     nodes = []
     for node in graph.graph.node:
         if node.op_type == "Identity" and node.input[0] in values:
             values[node.output[0]] = values[node.input[0]]
+        elif node.op_type == "Constant" and node.output[0] in of_norms:  # without parameters
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         elif node.op_type not in ("Identity", "Dropout") or node.output[0] == "outputs":
             nodes.append(node)
         else:
@@ -147,8 +151,13 @@ def _fold_norms(
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
         conv = makers.get(node.input[0])
-        alone = readers[node.input[0]] == 1
-        if alone and conv is not None and conv.op_type == "Conv" and conv.input[1] in weights:
+        if (
+            conv is not None
+            and conv.op_type == "Conv"
+            and conv.input[1] in weights
+            # neither the feature map nor the weight serves anything else
+            and readers[node.input[0]] == readers[conv.input[1]] == 1
+        ):
             name = conv.input[1]
             bias = values[conv.input[2]].astype(np.float64) if len(conv.input) > 2 else 0.0
             weights[name] = _scaled(weights[name], factor)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from filterpress import codec, package
 from filterpress.codec.graph import to_onnx
+from filterpress.progress import progress
 from filterpress.tasks import Predict, Task
 from filterpress.training import best_device, predictor
 
 if TYPE_CHECKING:
-    from filterpress.package import Package
+    pass
 
 Json = dict[str, Any]
 
@@ -47,25 +48,30 @@ def measure(encoded: bytes, task: Task) -> Json:
         ``n_bytes``; ``validation_accuracy``, which decides; ``accuracy`` on the test set, which is
         only ever reported.
     """
-    predict = runner(encoded)
-    return {
-        "n_bytes": len(encoded),
-        "validation_accuracy": task.score(predict, "validation"),
-        "accuracy": task.score(predict, "test"),
-    }
+    run = runner(encoded)
+    with progress("evaluate", task.size("validation") + task.size("test")) as advance:
+
+        def predict(images: Tensor) -> Tensor:
+            advance(len(images))
+            return run(images)
+
+        return {
+            "n_bytes": len(encoded),
+            "validation_accuracy": task.score(predict, "validation"),
+            "accuracy": task.score(predict, "test"),
+        }
 
 
 def baseline(network: nn.Module, task: Task) -> Json:
     """Measure a trained network as it is, in float32."""
     device = best_device()
     predict = predictor(network.to(device), device)
-    n_parameters, macs = 0, 0
-    scores = {name: task.score(predict, name) for name in ("validation", "test")}  # type: ignore[arg-type]
+    validation, test = (task.score(predict, split) for split in ("validation", "test"))
     n_parameters, macs = package.count(network.cpu(), task.input_shape)
     return {
         "n_bytes": 4 * n_parameters,
-        "validation_accuracy": scores["validation"],
-        "accuracy": scores["test"],
+        "validation_accuracy": validation,
+        "accuracy": test,
         "n_parameters": n_parameters,
         "macs": macs,
     }
@@ -91,7 +97,7 @@ def preprocessing(task: Task) -> Json:
     return found
 
 
-def layer_rows(source: Package, encoded: bytes) -> list[Json]:
+def layer_rows(encoded: bytes) -> list[Json]:
     """List the weights in an encoded file, with their shapes and estimated bytes."""
     rows = []
     for name, tensor in codec.decode(encoded).tensors.items():

@@ -88,7 +88,7 @@ def writing(out: Path) -> Iterator[Path]:
         for path in draft.rglob("*"):
             _sync(path)
         draft.chmod(0o755)
-        os.replace(draft, out)
+        draft.replace(out)
         _sync(out.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -144,15 +144,17 @@ def load(path: Path) -> Package:
         raise PackageError(f"{path} is no package: {error.strerror} weights.safetensors") from error
     if hashlib.sha256(weights).hexdigest() != description["weights_sha256"]:
         raise PackageError(f"{path}/weights.safetensors is damaged: its digest is another one")
-    shape = tuple(description["input_shape"])
-    network = models.build(description["model"], shape, description["n_classes"]).eval()
     try:
+        channels, height, width = description["input_shape"]
+        shape = (int(channels), int(height), int(width))
+        network = models.build(description["model"], shape, description["n_classes"]).eval()
         for name, layer in description["layers"].items():
             network.set_submodule(name, construct(layer))
         state = load_tensors(weights)
         for name in description["quantized"]:
             quantize_(network.get_submodule(name), torch.ones(_n_outputs(network, name)))
         network.load_state_dict(state)
+        history = tuple(description["history"])
     except (
         KeyError,
         TypeError,
@@ -161,8 +163,8 @@ def load(path: Path) -> Package:
         AttributeError,
         SafetensorError,
     ) as error:
-        first = str(error).strip().splitlines()[0]
-        raise PackageError(f"{path} does not describe a network: {first}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PackageError(f"{path} does not describe a network: {reason}") from error
     return Package(
         network=network.eval(),
         model=description["model"],
@@ -170,7 +172,7 @@ def load(path: Path) -> Package:
         n_classes=description["n_classes"],
         inputs=description["inputs"],
         baseline=description["baseline"],
-        history=tuple(description["history"]),
+        history=history,
     )
 
 
@@ -184,7 +186,7 @@ def read_description(path: Path) -> Json:
         description = json.loads((path / "model.json").read_bytes())
     except OSError as error:
         raise PackageError(f"{path} is no package: {error.strerror} model.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"{path}/model.json is damaged: {error}") from error
     wanted = {"format", "model", "input_shape", "n_classes", "inputs", "layers", "baseline"}
     wanted |= {"history", "quantized", "weights_sha256"}
@@ -325,7 +327,7 @@ def count(network: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, i
     def add(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs
         positions = output[0, 0].numel() if output.ndim > 2 else 1
-        macs += positions * layer.weight.numel()  # type: ignore[union-attr, operator]
+        macs += positions * layer.weight.numel()  # type: ignore[operator]
 
     kinds = (nn.Conv2d, nn.Linear)
     handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, kinds)]

@@ -63,7 +63,7 @@ def _like_default(name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         right = isinstance(value, str)
     if not right:
         raise ValueError(f"{name} must be of type {type(default).__name__}, got {value!r}")
-    return type(default)(value)
+    return type(default)(value)  # type: ignore[misc]  # every field has a default
 
 
 def choose(table: Table, text: str) -> tuple[Callable[..., Any], Any]:
@@ -81,7 +81,7 @@ def choose(table: Table, text: str) -> tuple[Callable[..., Any], Any]:
     """
     fields = parse(text)
     name = fields.pop("method", next(iter(table)))
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"method must be one of {sorted(table)}, got {name!r}")
     method, kind = table[name]
     return method, configure(kind, fields)

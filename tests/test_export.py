@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from filterpress import codec, export
+from filterpress.codec.graph import fill, strip
+from filterpress.errors import ModelError
+from filterpress.export import to_graph
+from filterpress.representations import ChannelOrder, Projected, like, quantize_
+from filterpress.surgery import layers
+from tests import networks
+
+IMAGES = networks.images(7)
+
+
+def decoded_outputs(network, images=IMAGES):
+    """Encode a network, decode the file, and run what comes out."""
+    graph, tensors = to_graph(network, tuple(images.shape[1:]))
+    data = codec.encode(tensors, strip(graph, tensors), {})
+    decoded = codec.decode(data)
+    model = fill(decoded.graph, decoded.tensors).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def on_grid(x):
+    """Return the nearest sizes that the codec can store, with their signs."""
+    signs = torch.where(x < 0, -1.0, 1.0)
+    return signs * torch.from_numpy(codec.snap(x.abs().clamp(min=2.0**-60).numpy()))
+
+
+def storable_(network):
+    """Choose steps, and factors of batch-norm, whose products the codec stores without rounding."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+                deviation = (module.running_var + module.eps).sqrt()
+                module.weight.copy_(on_grid(module.weight / deviation) * deviation)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                quantize_(module, torch.full((len(module.weight),), 2.0**-12))
+    return network
+
+
+@pytest.fixture
+def fine(monkeypatch):
+    """Round biases and constants so finely that nothing is left of it."""
+    monkeypatch.setattr(export, "BIAS_LEVELS", 2**14)
+    monkeypatch.setattr(export, "CONSTANT_LEVELS", 2**20 - 1)
+
+
+def assert_same(network, images=IMAGES, tolerance=1e-3):
+    with torch.no_grad():
+        expected = network(images)
+    scale = float(expected.std())
+    torch.testing.assert_close(
+        decoded_outputs(network, images), expected, rtol=0, atol=tolerance * scale
+    )
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_decoded_file_computes_what_the_network_does(name, fine):
+    assert_same(storable_(networks.make(name)))
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_default_rounding_of_biases_and_steps_is_slight(name):
+    network = networks.make(name)
+    for layer in layers(network).values():
+        quantize_(layer, torch.full((len(layer.weight),), 0.01))
+    assert_same(network, tolerance=0.15)
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_a_network_that_is_not_quantised_is_rounded_to_eight_bits(name):
+    network = networks.make(name)
+    assert_same(network, tolerance=0.2)
+    _, tensors = to_graph(network, networks.SHAPE)
+    weights = [t.integers for t in tensors.values() if t.integers.ndim > 1]
+    assert len(weights) == len(layers(network))
+    for integers in weights:
+        assert (abs(integers).reshape(len(integers), -1).max(axis=1) == 127).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_projected_layers_are_exported_as_their_two_halves(groups, fine):
+    network = networks.make("residual")
+    for name in ("blocks.0.first.0", "blocks.2.first.0", "classifier"):
+        layer = network.get_submodule(name)
+        n_out, n_in = layer.weight.shape[:2]
+        conv = isinstance(layer, nn.Conv2d)
+        its_groups = groups if conv else 1
+        first = (
+            nn.Conv2d(n_in, 3 * its_groups, 1, bias=False)
+            if conv
+            else nn.Linear(n_in, 3, bias=False)
+        )
+        order = ChannelOrder(torch.randperm(n_out)) if its_groups > 1 else None
+        network.set_submodule(
+            name, Projected(first, like(layer, 3 * its_groups, n_out, its_groups), order)
+        )
+    assert_same(storable_(network.eval()))
+
+
+def sequence(*modules):
+    return networks.randomise_(nn.Sequential(*modules, nn.Flatten()))
+
+
+ODD = {
+    "norm after a bias": lambda: sequence(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)),
+    "norm after nothing": lambda: sequence(nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 4, 3)),
+    "norm after an activation": lambda: sequence(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
+    "norm after a norm": lambda: sequence(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    ),
+    "norm after a linear layer": lambda: sequence(
+        nn.Flatten(), nn.Linear(128, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+    ),
+    "norm without factors": lambda: sequence(
+        *(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 3, 3))
+    ),
+    "norm of a depthwise layer": lambda: sequence(
+        nn.Conv2d(2, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_norms_are_folded_wherever_they_stand(case, fine):
+    assert_same(storable_(ODD[case]()))
+
+
+def test_a_norm_whose_input_is_read_twice_stays_a_factor_and_an_offset(fine):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x + F.relu(self.norm(x))).flatten(1)
+
+    assert_same(storable_(networks.randomise_(Twice())))
+
+
+def test_a_convolution_used_under_two_norms_keeps_its_own_weight(fine):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+            self.first, self.second = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.second(self.conv(F.relu(self.first(self.conv(x))))).flatten(1)
+
+    assert_same(storable_(networks.randomise_(Shared())))
+
+
+def test_two_convolutions_that_share_one_weight_keep_it(fine):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x))).flatten(1)
+
+    assert_same(networks.randomise_(Tied()), tolerance=0.05)
+
+
+def test_equal_constants_of_two_layers_do_not_become_one(fine):
+    network = sequence(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        network[3].load_state_dict(network[1].state_dict())
+        network[2].bias.copy_(network[0].bias)
+    assert_same(storable_(network))
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.5])
+def test_a_factor_of_any_sign_is_folded(gamma, fine):
+    network = sequence(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4))
+    storable_(network)
+    with torch.no_grad():
+        network[1].weight[2] = gamma * (network[1].running_var[2] + network[1].eps).sqrt()
+    assert_same(network, tolerance=5e-2)
+    _, tensors = to_graph(network, networks.SHAPE)
+    assert not any("running" in name or name.startswith("1.") for name in tensors)
+
+
+def test_tensors_keep_the_names_of_the_network():
+    network = networks.make("residual")
+    graph, tensors = to_graph(network, networks.SHAPE)
+    assert {f"{name}.weight" for name in layers(network)} <= set(tensors)
+    assert "stem.0.bias" in tensors  # where batch-norm went
+    assert {i.name for i in graph.graph.initializer} >= set(tensors)
+    assert [i.name for i in graph.graph.input] == ["images"]
+    assert [o.name for o in graph.graph.output] == ["outputs"]
+
+
+def test_every_float_of_the_graph_is_quantised():
+    graph, tensors = to_graph(networks.make("concatenating"), networks.SHAPE)
+    floats = {i.name for i in graph.graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
+    assert floats == set(tensors)
+
+
+def test_the_integers_are_those_the_network_computes_with():
+    layer = nn.Conv2d(2, 4, 3)
+    step = torch.from_numpy(codec.snap(np.linspace(0.02, 0.2, 4)))
+    quantize_(layer, step)
+    _, tensors = to_graph(nn.Sequential(layer, nn.Flatten()).eval(), networks.SHAPE)
+    found = tensors["0.weight"].dequantize()
+    assert np.array_equal(found, layer.weight.detach().numpy())
+
+
+def test_the_file_takes_any_number_of_images():
+    network = storable_(networks.make("depthwise"))
+    images = networks.images(9)
+    together = decoded_outputs(network, images)
+    apart = torch.cat([decoded_outputs(network, image[None]) for image in images])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_not_in_the_file():
+    graph, _ = to_graph(networks.make("flattening"), networks.SHAPE)
+    kinds = {node.op_type for node in graph.graph.node}
+    assert "Dropout" not in kinds
+    assert "BatchNormalization" in kinds  # the one after a linear layer
+
+
+def test_exporting_leaves_the_network_as_it_is():
+    network = storable_(networks.make("residual"))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    to_graph(network, networks.SHAPE)
+    assert all(before[k].equal(v) for k, v in network.state_dict().items())
+    assert not network.training
+
+
+DIGEST = """
+import hashlib
+from filterpress import codec
+from filterpress.codec.graph import strip
+from filterpress.export import to_graph
+from tests import networks
+for name in networks.BUILDERS:
+    graph, tensors = to_graph(networks.make(name), networks.SHAPE)
+    print(hashlib.sha256(codec.encode(tensors, strip(graph, tensors), {})).hexdigest())
+"""
+
+
+def test_another_process_writes_the_same_bytes(request):
+    made = []
+    for name in networks.BUILDERS:
+        graph, tensors = to_graph(networks.make(name), networks.SHAPE)
+        made.append(hashlib.sha256(codec.encode(tensors, strip(graph, tensors), {})).hexdigest())
+    other = subprocess.run(
+        [sys.executable, "-c", DIGEST],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=request.config.rootpath,
+        env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "PATH": ""},
+    )
+    assert other.stdout.split() == made
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value):
+    network = networks.make("residual")
+    with torch.no_grad():
+        network.blocks[0].first[0].weight[1, 0, 0, 0] = value
+    with pytest.raises(ModelError, match=r"^the weights of blocks\.0\.first\.0 must be finite"):
+        to_graph(network, networks.SHAPE)
+
+
+def test_a_bias_that_is_not_finite_is_refused_by_name():
+    network = networks.make("depthwise")
+    with torch.no_grad():
+        network.head.bias[0] = float("nan")
+    with pytest.raises(ModelError, match=r"^the values of head\.bias must be finite"):
+        to_graph(network, networks.SHAPE)
+
+
+def test_a_network_that_cannot_be_exported_is_refused():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(128, 5)
+
+        def forward(self, x):
+            return self.head(torch.linalg.pinv(x.flatten(1)).T)
+
+    with pytest.raises(ModelError, match="cannot be exported to ONNX"):
+        to_graph(Sorted().eval(), networks.SHAPE)
