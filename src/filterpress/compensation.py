@@ -21,7 +21,6 @@ from filterpress.statistics import Moments, regular
 from filterpress.surgery import ChannelGroup, Member, keep_channels_
 
 
-
 class ChannelStatistics(NamedTuple):
     """What one consumer knows of a group of channels, its taps averaged."""
 

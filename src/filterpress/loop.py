@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ def _finish(run: _Run, last: Path, decision: str) -> Report:
     """Publish, or raise with the numbers; either way the folder tells how the run ended."""
     page = run.out / "report.html"
     goal = {key: run.given[key] for key in ("max_size", "min_accuracy")}
-    report = json.loads((last / "report.json").read_text()) | {"decision": decision}
+    report: Report = json.loads((last / "report.json").read_text()) | {"decision": decision}
     if decision != "publish":
         try:
             stages.give_up(last, html=page, **goal)
@@ -166,7 +165,7 @@ def _finish(run: _Run, last: Path, decision: str) -> Report:
     report |= json.loads((receipt / "report.json").read_text())
     report |= {"release": report["store"], "package": str(last), "html": str(page)}
     shutil.copyfile(last / stages.ENCODED, run.out / f".{stages.ENCODED}")
-    os.replace(run.out / f".{stages.ENCODED}", run.out / stages.ENCODED)
+    (run.out / f".{stages.ENCODED}").replace(run.out / stages.ENCODED)
     _write(run.out / "report.json", report)
     return report
 
@@ -207,4 +206,4 @@ def _open(out: Path, given: Report) -> None:
 def _write(path: Path, value: Report) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)

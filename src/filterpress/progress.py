@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-#: Called after every unit of the work.
-Advance = Callable[[], None]
+#: Called after every unit of the work, or after several with their number.
+Advance = Callable[..., None]
 
 #: Shows work with a description and a number of units for as long as its context is open.
 Display = Callable[[str, int], AbstractContextManager[Advance]]
@@ -42,7 +42,7 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         total: Number of its units; fewer may be done.
 
     Yields:
-        Function to call after every unit.
+        Function to call after every unit, or after several with their number.
 
     Example:
         >>> with progress("train", total=2) as advance:
@@ -57,5 +57,5 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         yield advance
 
 
-def _nothing() -> None:
+def _nothing(n: int = 1) -> None:
     pass

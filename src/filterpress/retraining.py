@@ -44,6 +44,7 @@ def retrain_quantized(
     config: RetrainConfig,
     *,
     floor: float,
+    reached: float,
     max_bytes: int,
     size: Callable[[nn.Module], int],
     seed: int,
@@ -57,6 +58,7 @@ def retrain_quantized(
         task: Data and score.
         config: How to train.
         floor: Accuracy on the validation set to reach.
+        reached: Accuracy of the network as it comes; a retrain that ends below is dropped.
         max_bytes: Largest encoded file; steps grow where training made the file larger.
         size: Size of the encoded file of a network.
         seed: Seed of the order of the images and their augmentation.
@@ -76,6 +78,9 @@ def retrain_quantized(
         stop=lambda score: score >= goal,
         progress=progress,
     )
+    improved = result.validation_score >= reached
+    if not improved:
+        student = copy.deepcopy(network)
     coarser = 0
     while size(student) > max_bytes and coarser < 20:
         coarsen_(student)
@@ -84,6 +89,7 @@ def retrain_quantized(
         "epochs": len(result.scores),
         "best_epoch": result.epoch,
         "trained_validation_accuracy": result.validation_score,
+        "improved": improved,
         "coarsened": coarser,
     }
 

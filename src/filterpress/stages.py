@@ -352,7 +352,7 @@ def evaluate(
         "round": round,
         "retrains": sum(h["stage"] == "retrain" for h in source.history),
         "sha256": hashlib.sha256(encoded).hexdigest(),
-        "layers": measurement.layer_rows(source, encoded),
+        "layers": measurement.layer_rows(encoded),
     }
     with package.writing(out) as draft:
         package.save(source.after(source.network, report), draft)
@@ -407,6 +407,7 @@ def retrain(
     its_task = _task_of(source, data, data_dir, image_size, task)
     _refuse_existing(out)
     attempt = sum(h["stage"] == "retrain" for h in source.history)
+    evaluated = _evaluated(source, _encoded_file(model))
     steps = its_config.epochs * steps_per_epoch(its_task, its_config.batch_size)
     with progress("retrain", steps) as advance:
         network, notes = retrain_quantized(
@@ -415,6 +416,7 @@ def retrain(
             its_task,
             its_config,
             floor=budget.min_accuracy,
+            reached=evaluated["validation_accuracy"],
             max_bytes=budget.max_bytes,
             size=lambda network: len(package.encode(source, network)),
             seed=seed + attempt,
@@ -621,8 +623,8 @@ def _task_of(source: Package, data: str, data_dir: str, image_size: int, task: s
     wanted, got = (source.input_shape, source.n_classes), (its_task.input_shape, its_task.n_classes)
     if wanted != got:
         raise ModelError(
-            f"the data must have images and classes like those the network was trained on, {wanted}, "
-            f"got {got}"
+            "the data must have images and classes like those the network was trained on, "
+            f"{wanted}, got {got}"
         )
     return its_task
 

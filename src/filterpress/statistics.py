@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from filterpress.progress import progress
 from filterpress.representations import Layer, is_quantized
 from filterpress.surgery import layers, plain
 
@@ -78,10 +79,16 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Moments] = {}
     rows = max(1, -(-MAX_ROWS // len(images)))
-    with _listening(model, totals, rows, generator), torch.enable_grad():
-        for batch in torch.split(images, batch_size(images)):
+    batches = torch.split(images, batch_size(images))
+    with (
+        _listening(model, totals, rows, generator),
+        torch.enable_grad(),
+        progress("calibrate", len(batches)) as advance,
+    ):
+        for batch in batches:
             outputs = model(batch.clone().requires_grad_())
             outputs.backward(_direction(outputs.detach(), generator))
+            advance()
     model.zero_grad(set_to_none=True)
     count = len(images)
     return {

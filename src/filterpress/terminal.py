@@ -125,7 +125,7 @@ def _bars(console: Console) -> Iterator[None]:
         def display(description: str, total: int) -> Iterator[progress.Advance]:
             task = bars.add_task(description, total=total)
             try:
-                yield lambda: bars.advance(task)
+                yield lambda n=1: bars.advance(task, n)
             finally:
                 bars.remove_task(task)
 

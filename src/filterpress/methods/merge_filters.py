@@ -30,6 +30,7 @@ from filterpress import statistics
 from filterpress.allocation import SLOPE, Allocation, Rates, meet, options
 from filterpress.compensation import ChannelStatistics, channel_statistics, cut_compensated_
 from filterpress.methods import Outcome
+from filterpress.progress import progress
 from filterpress.statistics import Moments
 from filterpress.surgery import ChannelGroup, channel_groups, check_runs, layers
 
@@ -86,9 +87,15 @@ def merge_filters(
         for group in channel_groups(result, images[:2])
         if len(group.producers) == 1 and group.n_channels >= config.min_channels
     ]
-    offered = {name: options(layer, moments[name]) for name, layer in layers(result).items()}
-    offered = {name: found for name, found in offered.items() if name in moments}
-    levels = [cluster_levels(result, group, moments, seed=seed) for group in groups]
+    used = {name: layer for name, layer in layers(result).items() if name in moments}
+    offered, levels = {}, []
+    with progress("cluster", len(used) + len(groups)) as advance:
+        for name, layer in used.items():
+            offered[name] = options(layer, moments[name], max_groups=1, seed=seed)
+            advance()
+        for group in groups:
+            levels.append(cluster_levels(result, group, moments, seed=seed))
+            advance()
     picked = choose_levels(groups, levels, Rates(offered), max_bytes)
     kept = [level.kept[i] for level, i in zip(levels, picked, strict=True)]
     merged = sum(int((~keep).sum()) for keep in kept)

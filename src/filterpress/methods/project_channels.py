@@ -41,6 +41,7 @@ from filterpress.allocation import (
 from filterpress.compensation import solve
 from filterpress.errors import ModelError
 from filterpress.methods import Outcome
+from filterpress.progress import progress
 from filterpress.representations import ChannelOrder, Layer, Projected, like, quantize_
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
@@ -110,11 +111,13 @@ def project_channels(
     """
     source = statistics.plain_for(model, images)
     moments = statistics.measure(source, images, seed=seed)
-    candidates = {
-        name: options(layer, moments[name], max_groups=config.max_groups, seed=seed)
-        for name, layer in layers(source).items()
-        if name in moments
-    }
+    used = {name: layer for name, layer in layers(source).items() if name in moments}
+    candidates = {}
+    with progress("reduce", len(used)) as advance:
+        for name, layer in used.items():
+            groups = config.max_groups
+            candidates[name] = options(layer, moments[name], max_groups=groups, seed=seed)
+            advance()
     if config.max_shrink:
         max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
     rates = Rates(candidates)
