@@ -1,0 +1,206 @@
+"""The stages that measure and decide: ``evaluate``, ``publish`` and ``give_up``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from filterpress.budget import decide
+from filterpress.stages.handover import (
+    ENCODED,
+    Report,
+    budget_of,
+    encoded_file,
+    evaluated_report,
+    pass_on,
+    refuse_existing,
+    require,
+    settled,
+    task_of,
+)
+
+
+def evaluate(
+    model: Path,
+    out: Path,
+    *,
+    state: str = "fits",
+    max_size: str = "12x",
+    min_accuracy: str = "-1pp",
+    round: int = 1,
+    retrains: int = 0,
+    max_rounds: int = 2,
+    max_retrains: int = 2,
+    data: str = "digits",
+    data_dir: str = "",
+    image_size: int = 0,
+    task: str = "",
+) -> Report:
+    """Encode the network, decode the file again, and measure what came out.
+
+    Args:
+        model: Package to measure.
+        out: Package to write: the same one with its encoded file, model.fpk.
+        state: fits or retrain measures; too-big measures and settles; any other decision has been
+            taken before and is passed on with its package.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+        round: Number of this round, from 1.
+        retrains: Retrains done in this round.
+        max_rounds: Rounds at most.
+        max_retrains: Retrains in a round at most.
+        data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
+        data_dir: Folder of the data set; empty for the cache folder.
+        image_size: Height and width to resize images to; 0 keeps the data set's own.
+        task: Your own task, package.module:function; empty for image classification.
+
+    Returns:
+        Report with all the numbers; its ``decision`` is publish, retrain, next, give-up or too-big.
+    """
+    from filterpress import measurement, package
+
+    if settled(state, ("publish", "next", "give-up"), ("fits", "retrain", "too-big")):
+        return pass_on(model, out)
+    source = package.load(model)
+    budget = budget_of(source, max_size, min_accuracy, max_rounds, max_retrains)
+    its_task = task_of(source, data, data_dir, image_size, task)
+    refuse_existing(out)
+    encoded = package.encode(source, source.network)
+    measured = measurement.measure(encoded, its_task)
+    n_parameters, macs = package.count(source.network, source.input_shape)
+    measured |= {"n_parameters": n_parameters, "macs": macs}
+    decision = decide(
+        budget,
+        n_bytes=len(encoded),
+        accuracy=measured["validation_accuracy"],
+        round=round,
+        retrains=retrains,
+    )
+    report = {
+        "stage": "evaluate",
+        **measurement.against(measured, source.baseline),
+        "max_bytes": budget.max_bytes,
+        "min_accuracy": budget.min_accuracy,
+        "decision": decision,
+        "round": round,
+        "retrains": sum(h["stage"] == "retrain" for h in source.history),
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        "layers": measurement.layer_rows(encoded),
+    }
+    with package.writing(out) as draft:
+        package.save(source.after(source.network, report), draft)
+        (draft / ENCODED).write_bytes(encoded)
+    return report
+
+
+def publish(
+    model: Path,
+    out: Path,
+    *,
+    store: str,
+    keys: str = "",
+    name: str = "filterpress",
+    max_size: str = "12x",
+    min_accuracy: str = "-1pp",
+    data: str = "digits",
+    data_dir: str = "",
+    image_size: int = 0,
+    task: str = "",
+    html: Path | None = None,
+) -> Report:
+    """Sign the evaluated file and release it, once both thresholds hold for the file itself.
+
+    Args:
+        model: Evaluated package.
+        out: Folder to write, with the receipt, report.json.
+        store: Folder or gs://bucket/prefix of the signed repository; made when it is new.
+        keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
+            store, where development keys are made if there are none.
+        name: Name of the network in the repository.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+        data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
+        data_dir: Folder of the data set; empty for the cache folder.
+        image_size: Height and width to resize images to; 0 keeps the data set's own.
+        task: Your own task, package.module:function; empty for image classification.
+        html: File for the report page of the run; none is written without it.
+
+    Returns:
+        Report with the release: store, target, digest and version.
+
+    Raises:
+        BudgetError: A threshold does not hold; nothing is published.
+    """
+    from filterpress import measurement, package, release, reporting
+
+    source = package.load(model)
+    budget = budget_of(source, max_size, min_accuracy)
+    encoded = encoded_file(model)
+    evaluated = evaluated_report(source, encoded)
+    its_task = task_of(source, data, data_dir, image_size, task)
+    refuse_existing(out)
+    measured = measurement.measure(encoded, its_task)
+    require(budget, measured["n_bytes"], measured["validation_accuracy"])
+    digest = evaluated["sha256"]
+    issued = release.publish(
+        encoded,
+        target=f"models/{name}/{digest[:16]}/{ENCODED}",
+        # signed metadata knows no fractions: numbers travel as text
+        custom={k: str(evaluated[k]) for k in ("accuracy", "validation_accuracy", "macs", "ratio")},
+        store=store,
+        keys=_keys(store, keys),
+    )
+    report = {k: v for k, v in evaluated.items() if k != "layers"} | {
+        "stage": "publish",
+        "decision": "publish",
+        "store": store,
+        "target": issued.target,
+        "version": issued.version,
+        "created": issued.created,
+    }
+    with package.writing(out) as draft:
+        (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    if html is not None:
+        reporting.write_html(model, html)
+    return report
+
+
+def give_up(
+    model: Path,
+    *,
+    max_size: str = "12x",
+    min_accuracy: str = "-1pp",
+    html: Path | None = None,
+) -> Report:
+    """End a run whose network did not meet the thresholds.
+
+    Args:
+        model: Evaluated package.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+        html: File for the report page of the run; none is written without it.
+
+    Returns:
+        Nothing: it always raises, unless the thresholds hold after all.
+
+    Raises:
+        BudgetError: With the numbers, in one line.
+    """
+    from filterpress import package, reporting
+
+    source = package.load(model)
+    budget = budget_of(source, max_size, min_accuracy)
+    evaluated = evaluated_report(source, encoded_file(model))
+    if html is not None:
+        reporting.write_html(model, html)
+    require(budget, evaluated["n_bytes"], evaluated["validation_accuracy"])
+    return evaluated
+
+
+def _keys(store: str, keys: str) -> Path:
+    if not keys and store.startswith("gs://"):
+        raise ValueError(
+            f"keys must name the folder of signing keys for the bucket {store}, got none"
+        )
+    return Path(keys) if keys else Path(store).resolve().parent / "keys"

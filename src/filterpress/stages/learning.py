@@ -1,0 +1,151 @@
+"""The stages that train: ``train`` and ``retrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filterpress.stages.handover import (
+    Report,
+    budget_of,
+    encoded_file,
+    evaluated_report,
+    pass_on,
+    refuse_existing,
+    settled,
+    task_of,
+)
+
+
+def train(
+    out: Path,
+    *,
+    model: str = "small",
+    weights: str = "",
+    data: str = "digits",
+    data_dir: str = "",
+    image_size: int = 0,
+    task: str = "",
+    seed: int = 0,
+    config: str = "{}",
+) -> Report:
+    """Train a network, or take one that is trained already.
+
+    Args:
+        out: Package to write.
+        model: Network: small, resnet20, torchvision:NAME or package.module:function.
+        weights: File with weights to start from (.safetensors, or a state dict of torch). With an
+            empty config they are taken as they are; with one, training goes on from them.
+        data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
+        data_dir: Folder of the data set; empty for the cache folder.
+        image_size: Height and width to resize images to; 0 keeps the data set's own.
+        task: Your own task, package.module:function; empty for image classification.
+        seed: Seed of the weights, the order of the images and their augmentation.
+        config: JSON object with fields of FitConfig, such as {"epochs": 10}.
+
+    Returns:
+        Report with the network's size, accuracy, parameters and multiply-accumulates.
+    """
+    from filterpress import measurement, models, package, settings
+    from filterpress.progress import progress
+    from filterpress.tasks import load_task
+    from filterpress.training import FitConfig, fit, is_main, steps_per_epoch
+
+    fields = settings.parse(config)
+    fit_config = settings.configure(FitConfig, fields)
+    its_task = load_task(data, data_dir, image_size, task)
+    refuse_existing(out)
+    network = models.build(model, its_task.input_shape, its_task.n_classes, seed=seed)
+    if weights:
+        models.load_weights(network, weights)
+    if fields or not weights:
+        steps = fit_config.epochs * steps_per_epoch(its_task, fit_config.batch_size)
+        with progress("train", steps) as advance:
+            fit(network, its_task, fit_config, seed=seed, progress=lambda *_: advance())
+    baseline = measurement.baseline(network, its_task)
+    report = {
+        "stage": "train",
+        "trained": bool(fields or not weights),
+        **measurement.against(baseline, baseline),
+    }
+    trained = package.Package(
+        network=network,
+        model=model,
+        input_shape=its_task.input_shape,
+        n_classes=its_task.n_classes,
+        inputs=measurement.preprocessing(its_task),
+        baseline=baseline,
+        history=(report,),
+    )
+    if is_main():
+        with package.writing(out) as draft:
+            package.save(trained, draft)
+    return report
+
+
+def retrain(
+    model: Path,
+    trained: Path,
+    out: Path,
+    *,
+    decision: str = "retrain",
+    max_size: str = "12x",
+    min_accuracy: str = "-1pp",
+    data: str = "digits",
+    data_dir: str = "",
+    image_size: int = 0,
+    task: str = "",
+    seed: int = 0,
+    config: str = "{}",
+) -> Report:
+    """Fine-tune the quantised network to imitate the trained one, until the floor is met.
+
+    Args:
+        model: Evaluated package to retrain.
+        trained: Package of the trained network, the teacher.
+        out: Package to write.
+        decision: retrain works on the package; any other decision passes it on.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+        data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
+        data_dir: Folder of the data set; empty for the cache folder.
+        image_size: Height and width to resize images to; 0 keeps the data set's own.
+        task: Your own task, package.module:function; empty for image classification.
+        seed: Seed of the order of the images and their augmentation.
+        config: JSON object with fields of RetrainConfig, such as {"epochs": 5}.
+
+    Returns:
+        Report with the epochs used and the validation accuracy reached.
+    """
+    from filterpress import package, settings
+    from filterpress.progress import progress
+    from filterpress.retraining import RetrainConfig, retrain_quantized
+    from filterpress.training import is_main, steps_per_epoch
+
+    if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
+        return pass_on(model, out)
+    its_config = settings.configure(RetrainConfig, settings.parse(config))
+    source, teacher = package.load(model), package.load(trained)
+    budget = budget_of(source, max_size, min_accuracy)
+    its_task = task_of(source, data, data_dir, image_size, task)
+    refuse_existing(out)
+    attempt = sum(h["stage"] == "retrain" for h in source.history)
+    evaluated = evaluated_report(source, encoded_file(model))
+    steps = its_config.epochs * steps_per_epoch(its_task, its_config.batch_size)
+    with progress("retrain", steps) as advance:
+        network, notes = retrain_quantized(
+            source.network,
+            teacher.network,
+            its_task,
+            its_config,
+            floor=budget.min_accuracy,
+            reached=evaluated["validation_accuracy"],
+            max_bytes=budget.max_bytes,
+            size=lambda network: len(package.encode(source, network)),
+            seed=seed + attempt,
+            progress=lambda *_: advance(),
+        )
+    report = {"stage": "retrain", "attempt": attempt + 1, **notes}
+    if is_main():
+        with package.writing(out) as draft:
+            package.save(source.after(network, report), draft)
+    return report
