@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from filterpress import codec, measurement
+from filterpress.errors import BitstreamError
+from filterpress.package import Package, encode
+from filterpress.representations import quantize_
+from filterpress.surgery import layers
+from tests import networks
+
+
+class Toy:
+    """A task whose labels are what a network says, so that its accuracy is known."""
+
+    input_shape = networks.SHAPE
+    n_classes = networks.CLASSES
+    mean = torch.tensor([[[1.0]], [[2.0]]])
+    std = torch.tensor([[[3.0]], [[4.0]]])
+
+    def __init__(self, network, wrong):
+        self.sets = {}
+        for seed, (split, n_wrong) in enumerate(wrong.items()):
+            images = networks.images(40, seed)
+            with torch.no_grad():
+                labels = network(images).argmax(1)
+            labels[:n_wrong] = (labels[:n_wrong] + 1) % self.n_classes
+            self.sets[split] = (images, labels)
+
+    def batches(self, split, batch_size, *, generator=None, device="cpu"):
+        images, labels = self.sets[split]
+        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+    def size(self, split):
+        return len(self.sets[split][1])
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def score(self, predict, split):
+        images, labels = self.sets[split]
+        return float((predict(images).argmax(1) == labels).double().mean())
+
+
+@pytest.fixture(scope="module")
+def network():
+    made = networks.make("residual")
+    for layer in layers(made).values():
+        quantize_(layer, torch.full((len(layer.weight),), 2.0**-10))
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(network):
+    return Package(
+        network=network,
+        model="tests.networks:residual",
+        input_shape=networks.SHAPE,
+        n_classes=networks.CLASSES,
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(source, network):
+    return encode(source, network)
+
+
+def test_the_runner_computes_what_the_network_does(network, encoded):
+    images = networks.images(5)
+    with torch.no_grad():
+        expected = network(images)
+    found = measurement.runner(encoded)(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.std()))
+
+
+def test_a_damaged_file_is_not_run(encoded):
+    with pytest.raises(BitstreamError):
+        measurement.runner(encoded[:-1])
+
+
+def test_each_set_is_scored_with_the_decoded_file(encoded):
+    predict = measurement.runner(encoded)
+    task = Toy(predict, {"validation": 10, "test": 4})
+    measured = measurement.measure(encoded, task)
+    assert measured["n_bytes"] == len(encoded)
+    assert measured["validation_accuracy"] == pytest.approx(30 / 40)
+    assert measured["accuracy"] == pytest.approx(36 / 40)
+
+
+def test_a_baseline_is_the_network_in_floats():
+    network = networks.make("depthwise")
+    task = Toy(network, {"validation": 8, "test": 20})
+    found = measurement.baseline(network, task)
+    n_parameters = sum(p.numel() for p in network.parameters())
+    assert found["n_parameters"] == n_parameters
+    assert found["n_bytes"] == 4 * n_parameters
+    assert found["validation_accuracy"] == pytest.approx(32 / 40)
+    assert found["accuracy"] == pytest.approx(20 / 40)
+    assert found["macs"] > 0
+
+
+def test_numbers_stand_beside_those_of_the_trained_network():
+    reference = {"n_bytes": 1200, "accuracy": 0.9, "validation_accuracy": 0.8}
+    found = measurement.against({"n_bytes": 100, "accuracy": 0.7}, reference)
+    assert found == {
+        "n_bytes": 100,
+        "accuracy": 0.7,
+        "baseline_bytes": 1200,
+        "baseline_accuracy": 0.9,
+        "baseline_validation_accuracy": 0.8,
+        "ratio": 12.0,
+    }
+
+
+def test_preprocessing_is_what_the_task_knows_of_it(network):
+    task = Toy(network, {})
+    assert measurement.preprocessing(task) == {"mean": [1.0, 2.0], "std": [3.0, 4.0]}
+    assert measurement.preprocessing(object()) == {}
+
+
+def test_rows_list_every_weight_of_the_file_with_its_share(network, encoded):
+    rows = measurement.layer_rows(encoded)
+    assert {row["name"] for row in rows} == set(layers(network))
+    for row in rows:
+        weight = network.get_submodule(row["name"]).weight
+        assert row["shape"] == list(weight.shape)
+        assert row["baseline_bytes"] == 4 * weight.numel()
+        assert row["n_bytes"] == pytest.approx(row["bits_per_weight"] * weight.numel() / 8, abs=1)
+    overhead = len(codec.encode({}, codec.decode(encoded).graph, {}))
+    assert sum(row["n_bytes"] for row in rows) < len(encoded) - overhead / 2

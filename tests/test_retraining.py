@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from filterpress.package import Package, encode
+from filterpress.representations import is_quantized, quantize_, step_of
+from filterpress.retraining import RetrainConfig, coarsen_, retrain_quantized
+from filterpress.surgery import layers
+from tests import networks
+
+CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.05)
+
+
+class Imitation:
+    """A task whose labels are what a teacher says."""
+
+    input_shape = networks.SHAPE
+    n_classes = networks.CLASSES
+
+    def __init__(self, teacher):
+        self.sets = {}
+        for seed, (split, n) in enumerate({"train": 256, "validation": 128, "test": 8}.items()):
+            images = networks.images(n, seed)
+            with torch.no_grad():
+                self.sets[split] = (images, teacher(images).argmax(1))
+
+    def batches(self, split, batch_size, *, generator=None, device="cpu"):
+        images, labels = self.sets[split]
+        n = len(labels)
+        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+        for index in order.split(batch_size):
+            yield images[index], labels[index]
+
+    def size(self, split):
+        return len(self.sets[split][1])
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def score(self, predict, split):
+        images, labels = self.sets[split]
+        with torch.no_grad():
+            return float((predict(images).argmax(1) == labels).double().mean())
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return networks.make("grouped")
+
+
+@pytest.fixture(scope="module")
+def task(teacher):
+    return Imitation(teacher)
+
+
+@pytest.fixture
+def network():
+    made = networks.make("grouped")
+    for layer in layers(made).values():
+        quantize_(layer, torch.full((len(layer.weight),), 0.15))
+    return made
+
+
+def size(network):
+    source = Package(network=network, model="", input_shape=networks.SHAPE, n_classes=5)
+    return len(encode(source, network))
+
+
+def retrain(network, teacher, task, **options):
+    wanted = {"floor": 1.0, "reached": 0.0, "max_bytes": 10**6, "size": size, "seed": 0} | options
+    return retrain_quantized(network, teacher, task, CONFIG, **wanted)
+
+
+def test_retraining_brings_a_quantised_network_closer_to_its_teacher(network, teacher, task):
+    before = copy.deepcopy(network.state_dict())
+    result, report = retrain(network, teacher, task)
+    images = networks.images(128, 7)
+    with torch.no_grad():
+        wanted = F.log_softmax(teacher(images), 1)
+        distance = [
+            float(
+                F.kl_div(
+                    F.log_softmax(n.eval()(images), 1),
+                    wanted,
+                    reduction="batchmean",
+                    log_target=True,
+                )
+            )
+            for n in (network, result)
+        ]
+    assert distance[1] < 0.8 * distance[0]
+    assert report["epochs"] == 3
+    assert report["improved"] is True
+    assert report["trained_validation_accuracy"] == task.score(result.eval(), "validation")
+    assert all(before[key].equal(value) for key, value in network.state_dict().items())
+
+
+def test_steps_stay_and_integers_change(network, teacher, task):
+    result, report = retrain(network, teacher, task)
+    assert report["coarsened"] == 0
+    moved = 0
+    for name, layer in layers(result).items():
+        step = step_of(layer)
+        assert step.equal(step_of(network.get_submodule(name)))
+        integers = layer.weight / step.view(-1, *[1] * (layer.weight.ndim - 1))
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-3)
+        moved += int((layer.weight != network.get_submodule(name).weight).sum())
+    assert moved > 0
+
+
+def test_training_stops_at_the_floor(network, teacher, task):
+    _, report = retrain(network, teacher, task, floor=0.0)
+    assert report["epochs"] == 1
+
+
+def test_a_retrain_that_made_it_worse_is_dropped(network, teacher, task):
+    result, report = retrain(network, teacher, task, floor=0.0, reached=1.01)
+    assert report["improved"] is False
+    before = network.state_dict()
+    assert all(before[key].equal(value) for key, value in result.state_dict().items())
+
+
+def test_a_file_that_grew_is_made_to_fit_again(network, teacher, task):
+    _, free = retrain(network, teacher, task, floor=0.0)
+    limit = round(0.97 * size(network))
+    result, report = retrain(network, teacher, task, floor=0.0, max_bytes=limit)
+    assert free["coarsened"] == 0
+    assert report["coarsened"] > 0
+    assert size(result) <= limit
+
+
+def test_the_same_seed_gives_the_same_network(network, teacher, task):
+    first, second = (retrain(network, teacher, task, floor=0.0)[0].state_dict() for _ in range(2))
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_coarser_steps_make_a_smaller_file(network):
+    before = size(network)
+    for _ in range(5):
+        coarsen_(network)
+    assert size(network) < before
+    assert float(step_of(network.stem)[0]) == pytest.approx(0.15 * 1.03**5, rel=0.1)
+
+
+def test_coarsening_leaves_plain_layers_alone():
+    network = networks.make("grouped")
+    before = copy.deepcopy(network.state_dict())
+    coarsen_(network)
+    assert all(before[key].equal(value) for key, value in network.state_dict().items())
+    assert not any(is_quantized(m) for m in network.modules())
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0])
+def test_an_impossible_margin_is_refused(margin):
+    with pytest.raises(ValueError, match=r"margin must be in \[0, 1\), got"):
+        RetrainConfig(margin=margin)
+
+
+def test_the_rules_of_training_hold_here_too():
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
+        RetrainConfig(epochs=0)
