@@ -5,11 +5,15 @@ Each function is a model that a package can name, as ``tests.networks:residual``
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from filterpress.models import ResidualNet
+from filterpress.statistics import recalibrate_
+from filterpress.surgery import layers
 
 SHAPE = (2, 8, 8)
 CLASSES = 5
@@ -116,12 +120,12 @@ BUILDERS = {f.__name__: f for f in (residual, depthwise, grouped, concatenating,
 
 
 def randomise_(network, seed=0):
-    """Give batch-norm the factors of any sign, offsets and statistics that training gives it."""
+    """Draw weights that keep the power of activations, and norms with factors of any sign."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            size = 0.3 if parameter.ndim == 1 else math.sqrt(2 / parameter[0].numel())
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 n = module.num_features
@@ -133,16 +137,26 @@ def randomise_(network, seed=0):
     return network.eval()
 
 
-def make(name, seed=0):
-    """Build one of the networks above with random weights and statistics, to evaluate."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = BUILDERS[name]()
-    return randomise_(network, seed)
-
-
 def images(n=16, seed=0, shape=SHAPE):
     """Draw images with mean 0 and variance 1, neighbouring pixels alike as in photographs."""
     noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     smooth = F.avg_pool2d(noise, 3, stride=1, padding=1)
     return smooth / smooth.std()
+
+
+def make(name, seed=0):
+    """Build one of the networks above, with random weights and outputs that tell images apart.
+
+    Batch-norm has the statistics of images like those of `images`, and so have the outputs: over
+    the images each has a mean near 0 and a variance near 1.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = randomise_(BUILDERS[name](), seed)
+    calibration = images(200, seed=1000 + seed)
+    recalibrate_(network, calibration)
+    *_, head = layers(network).values()
+    with torch.no_grad():
+        head.weight /= network(calibration).std(dim=0)[:, None]
+        head.bias -= network(calibration).mean(dim=0)
+    return network

@@ -47,7 +47,8 @@ def storable_(network):
                 deviation = (module.running_var + module.eps).sqrt()
                 module.weight.copy_(on_grid(module.weight / deviation) * deviation)
             if isinstance(module, nn.Conv2d | nn.Linear):
-                quantize_(module, torch.full((len(module.weight),), 2.0**-12))
+                largest = module.weight.flatten(1).abs().amax(dim=1)
+                quantize_(module, on_grid(largest / 2**14))
     return network
 
 
@@ -61,7 +62,7 @@ def fine(monkeypatch):
 def assert_same(network, images=IMAGES, tolerance=1e-3):
     with torch.no_grad():
         expected = network(images)
-    scale = float(expected.std())
+    scale = float(expected.std(dim=0).mean())
     torch.testing.assert_close(
         decoded_outputs(network, images), expected, rtol=0, atol=tolerance * scale
     )
@@ -175,7 +176,7 @@ def test_two_convolutions_that_share_one_weight_keep_it(fine):
         def forward(self, x):
             return self.b(F.relu(self.a(x))).flatten(1)
 
-    assert_same(networks.randomise_(Tied()), tolerance=0.05)
+    assert_same(networks.randomise_(Tied()), tolerance=0.2)
 
 
 def test_equal_constants_of_two_layers_do_not_become_one(fine):

@@ -12,7 +12,7 @@ from filterpress.retraining import RetrainConfig, coarsen_, retrain_quantized
 from filterpress.surgery import layers
 from tests import networks
 
-CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.05)
+CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.01, precision="float32")
 
 
 class Imitation:
@@ -49,7 +49,7 @@ class Imitation:
 
 @pytest.fixture(scope="module")
 def teacher():
-    return networks.make("grouped")
+    return networks.make("residual")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def task(teacher):
 
 @pytest.fixture
 def network():
-    made = networks.make("grouped")
+    made = networks.make("residual")
     for layer in layers(made).values():
-        quantize_(layer, torch.full((len(layer.weight),), 0.15))
+        quantize_(layer, 0.4 * layer.weight.detach().flatten(1).abs().amax(dim=1))
     return made
 
 
@@ -139,15 +139,15 @@ def test_the_same_seed_gives_the_same_network(network, teacher, task):
 
 
 def test_coarser_steps_make_a_smaller_file(network):
-    before = size(network)
+    before, steps = size(network), step_of(network.classifier).clone()
     for _ in range(5):
         coarsen_(network)
     assert size(network) < before
-    assert float(step_of(network.stem)[0]) == pytest.approx(0.15 * 1.03**5, rel=0.1)
+    assert (step_of(network.classifier) > steps).all()
 
 
 def test_coarsening_leaves_plain_layers_alone():
-    network = networks.make("grouped")
+    network = networks.make("residual")
     before = copy.deepcopy(network.state_dict())
     coarsen_(network)
     assert all(before[key].equal(value) for key, value in network.state_dict().items())
