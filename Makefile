@@ -13,7 +13,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMP) ## train a small network, compress it in the loop, release it to runs/demo
-	$(BIN)/python pipeline.py run --out runs/demo $(ARGS)
+	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp $(ARGS)
 
 install: $(STAMP) ## create .venv with everything in it
 
