@@ -69,7 +69,7 @@ def show(report: Mapping[str, Any], as_json: bool) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     output = _standard_output()
-    if "decision" in report:
+    if report.get("decision"):
         output.print(verdict(report))
         rows = summary_rows(report)
     else:

@@ -40,18 +40,41 @@ def pass_on(model: Path, out: Path) -> Report:
 def hand_on(
     out: Path, source: Package, network: nn.Module, report: Report, layers: dict[str, Any]
 ) -> Report:
-    """Write the package of a stage that changed the network."""
-    from filterpress import package
+    """Write the package of a stage that changed the network, and complete its report.
 
+    Args:
+        out: Package to write; under ``torchrun`` the first process does.
+        source: Package the stage began with.
+        network: What it made of it.
+        report: What is particular to the stage.
+        layers: What it did to each layer it changed.
+
+    Returns:
+        The report with the numbers every stage gives; those that only an evaluation knows are None.
+    """
+    from filterpress import measurement, package
+    from filterpress.training import is_main
+
+    encoded = package.encode(source, network)
     n_parameters, macs = package.count(network, source.input_shape)
-    whole = report | {
-        "n_bytes": len(package.encode(source, network)),
+    measured = {
+        "n_bytes": len(encoded),
+        "accuracy": None,
         "n_parameters": n_parameters,
         "macs": macs,
+    }
+    whole = {
+        **measurement.against(measured, source.baseline),
+        "decision": None,
+        "round": next((h["round"] for h in reversed(source.history) if "round" in h), None),
+        "retrains": sum(h["stage"] == "retrain" for h in source.history),
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        **report,
         "layers": [{"name": name, **change} for name, change in layers.items()],
     }
-    with package.writing(out) as draft:
-        package.save(source.after(network, whole), draft)
+    if is_main():
+        with package.writing(out) as draft:
+            package.save(source.after(network, whole), draft)
     return whole
 
 

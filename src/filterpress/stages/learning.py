@@ -9,6 +9,7 @@ from filterpress.stages.handover import (
     budget_of,
     encoded_file,
     evaluated_report,
+    hand_on,
     pass_on,
     refuse_existing,
     settled,
@@ -66,6 +67,10 @@ def train(
         "stage": "train",
         "trained": bool(fields or not weights),
         **measurement.against(baseline, baseline),
+        "decision": None,
+        "round": None,
+        "retrains": 0,
+        "sha256": None,
     }
     trained = package.Package(
         network=network,
@@ -119,7 +124,7 @@ def retrain(
     from filterpress import package, settings
     from filterpress.progress import progress
     from filterpress.retraining import RetrainConfig, retrain_quantized
-    from filterpress.training import is_main, steps_per_epoch
+    from filterpress.training import steps_per_epoch
 
     if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
         return pass_on(model, out)
@@ -144,8 +149,4 @@ def retrain(
             seed=seed + attempt,
             progress=lambda *_: advance(),
         )
-    report = {"stage": "retrain", "attempt": attempt + 1, **notes}
-    if is_main():
-        with package.writing(out) as draft:
-            package.save(source.after(network, report), draft)
-    return report
+    return hand_on(out, source, network, {"stage": "retrain", "retrains": attempt + 1, **notes}, {})
