@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 from filterpress.budget import decide
@@ -19,6 +20,8 @@ from filterpress.stages.handover import (
     settled,
     task_of,
 )
+
+SIGNED = ("accuracy", "validation_accuracy", "macs", "ratio")  # of the report, with the file
 
 
 def evaluate(
@@ -98,7 +101,7 @@ def publish(
     model: Path,
     out: Path,
     *,
-    store: str,
+    store: str = "",
     keys: str = "",
     name: str = "filterpress",
     max_size: str = "12x",
@@ -114,7 +117,8 @@ def publish(
     Args:
         model: Evaluated package.
         out: Folder to write, with the receipt, report.json.
-        store: Folder or gs://bucket/prefix of the signed repository; made when it is new.
+        store: Folder or gs://bucket/prefix of the signed repository, made when it is new; empty
+            for one of its own, with keys for this release alone, in out.
         keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
             store, where development keys are made if there are none.
         name: Name of the network in the repository.
@@ -143,23 +147,23 @@ def publish(
     measured = measurement.measure(encoded, its_task)
     require(budget, measured["n_bytes"], measured["validation_accuracy"])
     digest = evaluated["sha256"]
-    issued = release.publish(
-        encoded,
-        target=f"models/{name}/{digest[:16]}/{ENCODED}",
-        # signed metadata knows no fractions: numbers travel as text
-        custom={k: str(evaluated[k]) for k in ("accuracy", "validation_accuracy", "macs", "ratio")},
-        store=store,
-        keys=_keys(store, keys),
-    )
-    report = {k: v for k, v in evaluated.items() if k != "layers"} | {
-        "stage": "publish",
-        "decision": "publish",
-        "store": store,
-        "target": issued.target,
-        "version": issued.version,
-        "created": issued.created,
-    }
-    with package.writing(out) as draft:
+    with package.writing(out) as draft, tempfile.TemporaryDirectory() as fresh:
+        issued = release.publish(
+            encoded,
+            target=f"models/{name}/{digest[:16]}/{ENCODED}",
+            # signed metadata knows no fractions: numbers travel as text
+            custom={k: str(evaluated[k]) for k in SIGNED},
+            store=store or str(draft / "release"),
+            keys=_keys(store, keys, Path(fresh)),
+        )
+        report = {k: v for k, v in evaluated.items() if k != "layers"} | {
+            "stage": "publish",
+            "decision": "publish",
+            "store": store or str(out / "release"),
+            "target": issued.target,
+            "version": issued.version,
+            "created": issued.created,
+        }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     if html is not None:
         reporting.write_html(model, html)
@@ -198,9 +202,10 @@ def give_up(
     return evaluated
 
 
-def _keys(store: str, keys: str) -> Path:
-    if not keys and store.startswith("gs://"):
-        raise ValueError(
-            f"keys must name the folder of signing keys for the bucket {store}, got none"
-        )
-    return Path(keys) if keys else Path(store).resolve().parent / "keys"
+def _keys(store: str, keys: str, fresh: Path) -> Path:
+    """Return the folder of signing keys: the given one, or one for development."""
+    if keys:
+        return Path(keys)
+    if store.startswith("gs://"):
+        raise ValueError(f"keys must name the folder of signing keys for {store}, got none")
+    return Path(store).resolve().parent / "keys" if store else fresh / "keys"
