@@ -43,7 +43,7 @@ class MergeConfig:
     """How `merge_filters` clusters.
 
     Attributes:
-        images: Calibration images.
+        images: Calibration images; fewer where they are large.
         min_channels: Groups of fewer channels stay as they are.
     """
 

@@ -58,7 +58,7 @@ class ProjectionConfig:
     """How `project_channels` chooses.
 
     Attributes:
-        images: Calibration images.
+        images: Calibration images; fewer where they are large.
         max_groups: Largest number of groups of filters with a projection of their own.
         headroom: Share of the budget left free, since retraining changes the size a little.
         max_shrink: Largest factor by which one pass may shrink the file; statistics are local, and

@@ -43,7 +43,7 @@ class SimilarityConfig:
         measure: ``activation``, cosine of the feature maps on calibration images; ``cosine`` or
             ``pearson``, of the filters' weights.
         threshold: Similarity in (0, 1] from which filters count as the same.
-        images: Calibration images.
+        images: Calibration images; fewer where they are large.
     """
 
     measure: Measure = "activation"
