@@ -64,11 +64,12 @@ class Grouped(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.last = nn.Conv2d(8, 12, 3, stride=2, padding=1)
         self.mix = nn.Conv2d(12, 8, 1)
+        self.norm2 = nn.BatchNorm2d(8)
         self.head = nn.Linear(8, n_classes)
 
     def forward(self, x):
         x = F.relu(self.norm(self.grouped(F.relu(self.stem(x)))))
-        return self.head(F.relu(self.mix(F.relu(self.last(x)))).mean((2, 3)))
+        return self.head(F.relu(self.norm2(self.mix(F.relu(self.last(x))))).mean((2, 3)))
 
 
 def grouped(input_shape=SHAPE, n_classes=CLASSES):
@@ -124,7 +125,7 @@ def randomise_(network, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            size = 0.3 if parameter.ndim == 1 else math.sqrt(2 / parameter[0].numel())
+            size = 0.1 if parameter.ndim == 1 else math.sqrt(2 / parameter[0].numel())
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -159,4 +160,25 @@ def make(name, seed=0):
     with torch.no_grad():
         head.weight /= network(calibration).std(dim=0)[:, None]
         head.bias -= network(calibration).mean(dim=0)
+    return network
+
+
+# layers, in the order of the graph, that each hold a row for every channel of one group
+CHAINS = {
+    "residual": ("blocks.2.first.0", "blocks.2.first.1"),
+    "depthwise": ("block.expand", "block.norm", "block.depthwise", "block.norm2"),
+    "grouped": ("last",),
+    "concatenating": ("join",),
+    "flattening": ("3", "4"),
+}
+
+
+def plant_duplicates_(network, name, copies=(3, 5), source=1):
+    """Let some filters do exactly what another one does."""
+    with torch.no_grad():
+        for module in map(network.get_submodule, CHAINS[name]):
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                value = getattr(module, key, None)
+                if value is not None:
+                    value[list(copies)] = value[source].clone()
     return network

@@ -139,5 +139,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     Returns:
         ``(n, m)``; directions without power get (nearly) no weight.
     """
+    if not len(matrix):
+        return torch.zeros_like(right)
     factor = torch.linalg.cholesky(regular(matrix))
     return torch.cholesky_solve(right, factor)

@@ -1,0 +1,191 @@
+"""What every method promises, for every row of the tables of methods."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from filterpress import settings
+from filterpress.errors import ModelError
+from filterpress.methods import Outcome
+from filterpress.package import Package, encode, load, save, writing
+from filterpress.representations import is_quantized
+from filterpress.stages.tables import clusterers, pruners, reducers
+from filterpress.statistics import recalibrate_
+from tests import networks
+
+TABLES = {"prune": pruners(), "cluster": clusterers(), "reduce": reducers()}
+ROWS = [(stage, name) for stage, table in TABLES.items() for name in table]
+IMAGES = networks.images(96)
+# overrides with which a method finds nothing to gain in networks without duplicates
+IDLE = {("prune", "similarity"): {"threshold": 1.0}}
+
+every_row = pytest.mark.parametrize(("stage", "method"), ROWS)
+every_network = pytest.mark.parametrize("name", networks.BUILDERS)
+
+
+def package_of(name, network):
+    return Package(
+        network=network,
+        model=f"tests.networks:{name}",
+        input_shape=networks.SHAPE,
+        n_classes=networks.CLASSES,
+    )
+
+
+def size_of(name, network):
+    return len(encode(package_of(name, network), network))
+
+
+def source(name):
+    """Make a network in which every method has something to gain."""
+    return networks.plant_duplicates_(networks.make(name), name)
+
+
+def run(stage, method, name, network, *, max_bytes, seed=0, **overrides) -> Outcome:
+    function, kind = TABLES[stage][method]
+    config = settings.configure(kind, overrides)
+    extra = {
+        "prune": {},
+        "cluster": {"max_bytes": max_bytes},
+        "reduce": {"max_bytes": max_bytes, "size": lambda made: size_of(name, made)},
+    }
+    return function(network, IMAGES, config, seed=seed, **extra[stage])
+
+
+def budget(stage, name):
+    """Choose bytes that a stage has to work for: `reduce` counts the whole file, others weights."""
+    if stage == "reduce":
+        return size_of(name, source(name)) // 2
+    return sum(p.numel() for p in source(name).parameters()) // 4
+
+
+@cache
+def given(stage, method, name):
+    """Run a method once for all tests that only look; return its argument and what came out."""
+    network = source(name)
+    return network, run(stage, method, name, network, max_bytes=budget(stage, name))
+
+
+def outcome(stage, method, name) -> Outcome:
+    return given(stage, method, name)[1]
+
+
+def same_state(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+
+
+@every_row
+@every_network
+def test_the_network_given_is_untouched(stage, method, name):
+    network, made = given(stage, method, name)
+    assert same_state(network, source(name))
+    assert repr(network) == repr(source(name))
+    assert IMAGES.equal(networks.images(96))
+    storage = {p.data_ptr() for p in network.parameters()}
+    assert not storage & {p.data_ptr() for p in made.model.parameters()}
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+@every_row
+@every_network
+def test_the_same_seed_gives_the_same_bytes(stage, method, name):
+    again = run(stage, method, name, source(name), max_bytes=budget(stage, name))
+    first = outcome(stage, method, name)
+    assert same_state(first.model, again.model)
+    assert first.notes == again.notes
+    assert first.layers == again.layers
+
+
+@every_row
+@every_network
+def test_the_result_takes_the_same_images_and_is_ready_to_use(stage, method, name):
+    made = outcome(stage, method, name)
+    with torch.no_grad():
+        outputs = made.model(networks.images(3, 9))
+    assert outputs.shape == (3, networks.CLASSES)
+    assert torch.isfinite(outputs).all()
+    assert not any(module.training for module in made.model.modules())
+    numbers = [v for v in made.notes.values() if not isinstance(v, str)]
+    assert all(math.isfinite(v) for v in numbers)
+
+
+@every_row
+@every_network
+def test_something_was_gained_and_reported(stage, method, name):
+    made = outcome(stage, method, name)
+    assert made.layers
+    assert set(made.layers) <= {n for n, _ in source(name).named_modules()}
+    if stage != "reduce":
+        n_before = sum(p.numel() for p in source(name).parameters())
+        assert sum(p.numel() for p in made.model.parameters()) < n_before
+
+
+@every_row
+@every_network
+def test_a_package_of_the_result_comes_back_bit_by_bit(stage, method, name, tmp_path):
+    network = outcome(stage, method, name).model
+    with writing(tmp_path / "package") as draft:
+        save(package_of(name, network), draft)
+    back = load(tmp_path / "package").network
+    images = networks.images(3, 9)
+    with torch.no_grad():
+        assert back(images).equal(network(images))
+    assert encode(package_of(name, back), back) == encode(package_of(name, network), network)
+
+
+@every_row
+@every_network
+def test_the_encoded_file_does_not_grow(stage, method, name):
+    assert size_of(name, outcome(stage, method, name).model) <= size_of(name, source(name))
+
+
+@every_row
+def test_weights_that_are_not_finite_are_refused_in_one_line(stage, method):
+    network = source("residual")
+    with torch.no_grad():
+        network.blocks[0].first[0].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"blocks\.0\.first\.0\.weight must be finite") as caught:
+        run(stage, method, "residual", network, max_bytes=5000)
+    assert "\n" not in str(caught.value)
+
+
+@every_row
+def test_the_default_config_is_valid_and_its_text_rebuilds_it(stage, method):
+    function, kind = TABLES[stage][method]
+    config = kind()
+    assert eval(repr(config), {kind.__name__: kind}) == config  # noqa: S307  # what repr is for
+    assert settings.choose(TABLES[stage], f'{{"method": "{method}"}}') == (function, config)
+
+
+@every_row
+@every_network
+def test_a_network_with_nothing_to_gain_comes_back_the_same(stage, method, name):
+    network = networks.make(name)
+    recalibrate_(network, IMAGES)
+    made = run(stage, method, name, network, max_bytes=10**7, **IDLE.get((stage, method), {})).model
+    assert made is not network
+    if stage == "reduce":  # which always quantises
+        images = networks.images(200, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(made(images), network(images), rtol=0, atol=0.05)
+    else:
+        assert same_state(made, network)
+
+
+@every_row
+@every_network
+def test_a_network_that_has_been_reduced_can_be_worked_on_again(stage, method, name):
+    reduced = outcome("reduce", "project", name).model
+    made = run(stage, method, name, reduced, max_bytes=budget(stage, name) * 3 // 4).model
+    with torch.no_grad():
+        outputs = made(networks.images(3, 9))
+    assert torch.isfinite(outputs).all()
+    assert any(is_quantized(m) for m in reduced.modules())
+    assert isinstance(made, nn.Module)

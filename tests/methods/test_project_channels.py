@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from filterpress.allocation import Option, input_subspaces, options
+from filterpress.errors import ModelError
+from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
+from filterpress.package import Package, encode
+from filterpress.representations import Projected, is_quantized
+from filterpress.statistics import Moments, measure, recalibrate_
+from filterpress.surgery import layers, plain
+from tests import networks
+
+IMAGES = networks.images(128)
+
+
+def size(network):
+    source = Package(network=network, model="", input_shape=networks.SHAPE, n_classes=5)
+    return len(encode(source, network))
+
+
+def run(network, max_bytes, *, avoid=frozenset(), seed=0, **fields):
+    return project_channels(
+        network,
+        IMAGES,
+        ProjectionConfig(**fields),
+        max_bytes=max_bytes,
+        size=size,
+        avoid=avoid,
+        seed=seed,
+    )
+
+
+def low_rank_(layer, rank, seed=0):
+    """Let a layer's filters live in few directions of its input channels."""
+    generator = torch.Generator().manual_seed(seed)
+    n_out, n_in = layer.weight.shape[:2]
+    taps = layer.weight[0, 0].numel()
+    inner = torch.randn(n_out, rank, taps, generator=generator)
+    basis = torch.randn(rank, n_in, generator=generator)
+    with torch.no_grad():
+        weight = torch.einsum("ort,ri->oit", inner, basis)
+        layer.weight.copy_(weight.view_as(layer.weight) / math.sqrt(n_in * taps * rank))
+
+
+class Wide(nn.Module):
+    """Two wide convolutions, of which the second may have low rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 24, 3, padding=1)
+        self.wide = nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24, networks.CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.wide(torch.relu(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def wide():
+    network = networks.randomise_(Wide())
+    low_rank_(network.wide, 3)
+    return network
+
+
+def test_planted_low_rank_is_found(wide):
+    made = run(wide, size(wide) // 2)
+    assert 3 <= made.layers["wide"]["rank"] <= 6
+    assert isinstance(made.model.wide, Projected)
+    assert isinstance(made.model.stem, nn.Conv2d)
+    with torch.no_grad():
+        expected = wide(IMAGES)
+        error = (made.model(IMAGES) - expected).square().mean() / expected.var(dim=0).mean()
+    assert float(error) < 0.05
+
+
+def test_every_layer_is_quantised(wide):
+    made = run(wide, size(wide) // 2)
+    assert all(is_quantized(layer) for layer in layers(made.model).values())
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+def test_a_budget_is_met_and_used(share):
+    network = networks.make("residual")
+    budget = round(share * size(network))
+    n_bytes = size(run(network, budget).model)
+    assert 0.85 * budget < n_bytes <= budget
+
+
+def test_headroom_stays_free():
+    network = networks.make("residual")
+    budget = round(0.5 * size(network))
+    assert size(run(network, budget, headroom=0.2).model) <= 0.8 * budget
+
+
+def test_more_bytes_give_a_closer_network():
+    network = networks.make("residual")
+    recalibrate_(network, IMAGES)
+    errors = []
+    for share in (0.7, 0.35):
+        made = run(network, round(share * size(network))).model
+        with torch.no_grad():
+            errors.append(float((made(IMAGES) - network(IMAGES)).square().mean()))
+    assert errors == sorted(errors)
+
+
+def test_a_budget_that_cannot_be_met_gives_the_smallest_file():
+    network = networks.make("grouped")
+    hopeless, smallest = (size(run(network, n).model) for n in (10, 500))
+    assert hopeless > 10
+    assert hopeless <= smallest
+
+
+def test_an_allocation_that_failed_is_not_taken_again():
+    network = networks.make("residual")
+    budget = round(0.5 * size(network))
+    first = run(network, budget).notes["allocation"]
+    second = run(network, budget, avoid=frozenset([first]))
+    assert second.notes["allocation"] != first
+    assert size(second.model) <= budget
+
+
+def test_running_out_of_allocations_is_said():
+    class Everything(frozenset):
+        def __contains__(self, item):
+            return True
+
+    with pytest.raises(ModelError, match="has failed before"):
+        run(networks.make("grouped"), 2000, avoid=Everything())
+
+
+def test_one_pass_shrinks_no_further_than_allowed():
+    network = networks.make("residual")
+    before = size(network)
+    made = run(network, before // 4, max_shrink=1.5)
+    assert before / 1.5 * 0.85 < size(made.model) <= before / 1.5 + 1
+
+
+def test_one_group_is_all_that_is_offered_when_asked():
+    made = run(networks.make("residual"), 4000, max_groups=1)
+    assert {entry["groups"] for entry in made.layers.values()} == {1.0}
+
+
+def test_grouped_and_depthwise_convolutions_are_quantised_only():
+    for name, layer in (("grouped", "grouped"), ("depthwise", "block.depthwise")):
+        network = networks.make(name)
+        made = run(network, size(network) // 2)
+        assert made.layers[layer]["rank"] == 0
+        assert is_quantized(made.model.get_submodule(layer))
+
+
+def statistics_of(layer, images):
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(images).flatten(1).shape[1], 3))
+    return measure(network.eval(), images)["0"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 8, 3, stride=2, bias=False),
+        nn.Conv2d(6, 8, 1),
+    ],
+    ids=["3x3", "strided", "1x1"],
+)
+def test_a_projection_of_full_rank_and_fine_steps_is_the_layer_itself(layer, groups):
+    images = networks.images(256, shape=(6, 8, 8))
+    moments = statistics_of(layer, images)
+    subspaces = input_subspaces(layer.weight.detach(), moments, groups)
+    option = Option(6, subspaces, (), 0.0)
+    made = project(layer, option, moments, 1e-12)
+    with torch.no_grad():
+        expected, found = layer(images), made(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))
+    assert ("order" in made._modules) == (groups > 1)
+
+
+def test_the_damage_predicted_is_the_damage_done():
+    layer = nn.Conv2d(16, 24, 3)
+    low_rank_(layer, 8)
+    gain = torch.linspace(0.5, 2.0, 24)
+    moments = Moments(torch.eye(144)[None], gain)
+    for option in options(layer, moments, max_groups=2)[1:]:
+        made = project(layer, option, moments, 1e-10)
+        weight = layers(plain(nn.Sequential(made)))["0"].weight.detach()
+        done = moments.error(weight - layer.weight.detach())
+        assert done == pytest.approx(option.damage, rel=0.05, abs=1e-4)
+
+
+def test_a_layer_that_stays_cannot_be_projected():
+    layer = nn.Conv2d(4, 4, 1)
+    moments = Moments(torch.eye(4)[None], torch.ones(4))
+    with pytest.raises(ValueError, match="option must have a rank"):
+        project(layer, Option(0, None, (), 0.0), moments, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", 0),
+        ("max_groups", 0),
+        ("headroom", 1.0),
+        ("headroom", -0.1),
+        ("max_shrink", 0.5),
+        ("max_shrink", 1.0),
+    ],
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        ProjectionConfig(**{field: value})
