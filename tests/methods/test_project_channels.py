@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -83,28 +84,38 @@ def test_every_layer_is_quantised(wide):
     assert all(is_quantized(layer) for layer in layers(made.model).values())
 
 
+@cache
+def trained():
+    network = networks.make("residual")
+    recalibrate_(network, IMAGES)
+    return network
+
+
+@cache
+def reduced(share):
+    """Shrink one network to a share of its size, once for all tests that look at it."""
+    budget = round(share * size(trained()))
+    return budget, run(trained(), budget)
+
+
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
 def test_a_budget_is_met_and_used(share):
-    network = networks.make("residual")
-    budget = round(share * size(network))
-    n_bytes = size(run(network, budget).model)
-    assert 0.85 * budget < n_bytes <= budget
+    budget, made = reduced(share)
+    assert 0.85 * budget < size(made.model) <= budget
 
 
 def test_headroom_stays_free():
-    network = networks.make("residual")
-    budget = round(0.5 * size(network))
+    network = networks.make("concatenating")
+    budget = round(0.7 * size(network))
     assert size(run(network, budget, headroom=0.2).model) <= 0.8 * budget
 
 
 def test_more_bytes_give_a_closer_network():
-    network = networks.make("residual")
-    recalibrate_(network, IMAGES)
-    errors = []
-    for share in (0.7, 0.35):
-        made = run(network, round(share * size(network))).model
-        with torch.no_grad():
-            errors.append(float((made(IMAGES) - network(IMAGES)).square().mean()))
+    with torch.no_grad():
+        errors = [
+            float((reduced(share)[1].model(IMAGES) - trained()(IMAGES)).square().mean())
+            for share in (0.7, 0.5, 0.35)
+        ]
     assert errors == sorted(errors)
 
 
@@ -116,10 +127,9 @@ def test_a_budget_that_cannot_be_met_gives_the_smallest_file():
 
 
 def test_an_allocation_that_failed_is_not_taken_again():
-    network = networks.make("residual")
-    budget = round(0.5 * size(network))
-    first = run(network, budget).notes["allocation"]
-    second = run(network, budget, avoid=frozenset([first]))
+    budget, made = reduced(0.5)
+    first = made.notes["allocation"]
+    second = run(trained(), budget, avoid=frozenset([first]))
     assert second.notes["allocation"] != first
     assert size(second.model) <= budget
 
@@ -134,14 +144,14 @@ def test_running_out_of_allocations_is_said():
 
 
 def test_one_pass_shrinks_no_further_than_allowed():
-    network = networks.make("residual")
+    network = networks.make("concatenating")
     before = size(network)
     made = run(network, before // 4, max_shrink=1.5)
     assert before / 1.5 * 0.85 < size(made.model) <= before / 1.5 + 1
 
 
 def test_one_group_is_all_that_is_offered_when_asked():
-    made = run(networks.make("residual"), 4000, max_groups=1)
+    made = run(networks.make("concatenating"), 2000, max_groups=1)
     assert {entry["groups"] for entry in made.layers.values()} == {1.0}
 
 
