@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from filterpress.errors import DataError, ModelError
 from filterpress.tasks import Predict, Task
 
+log = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int, int, float], None]
 
@@ -175,6 +177,7 @@ def fit(
                 if progress:
                     progress(epoch, step, n_steps, loss)
             scores.append(_validation_score(model, task, predict, device))
+            log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, scores[-1])
             if scores[-1] > max(scores[:-1], default=-math.inf):
                 best = copy.deepcopy(model.state_dict())
             if stop and stop(scores[-1]):
