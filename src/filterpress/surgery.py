@@ -112,6 +112,8 @@ def merged(layer: Projected) -> Layer:
     else:
         raise ModelError(f"a projected layer must hold two layers of one kind, got {layer}")
     result = like(last, weight.shape[1], weight.shape[0])
+    if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d):
+        result.stride = (first.stride[0] * last.stride[0], first.stride[1] * last.stride[1])
     bias = last.bias
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]

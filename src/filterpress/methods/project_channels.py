@@ -276,4 +276,8 @@ def _halves(layer: Layer, width: int, groups: int) -> tuple[Layer, Layer]:
     last = like(layer, width, len(layer.weight), groups)
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, width, bias=False), last
-    return nn.Conv2d(layer.in_channels, width, 1, bias=False), last
+    first = nn.Conv2d(layer.in_channels, width, 1, bias=False)
+    if isinstance(last, nn.Conv2d) and (last.kernel_size, last.padding) == ((1, 1), (0, 0)):
+        # skip first, project afterwards: the pixels between are never needed
+        first.stride, last.stride = layer.stride, (1, 1)
+    return first, last
