@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer. Everything else is installed into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+DATA ?= data
 ENGINE ?= docker
 IMAGE ?= filterpress-python:0.1.0
 BIN := .venv/bin
@@ -30,8 +31,9 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## reproduce the results of README.md
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(STAMP) ## reproduce the results of README.md; DATA=folder of Fashion-MNIST
+	$(BIN)/python benchmarks/networks.py --data-dir $(DATA) $(ARGS)
+	$(BIN)/python benchmarks/stages.py torchvision:resnet18 torchvision:resnet50
 
 image: ## build the image that the pipeline's steps run in
 	$(ENGINE) build -f docker/stage.Dockerfile -t $(IMAGE) .
