@@ -21,7 +21,7 @@ CLASSES = 5
 
 def residual(input_shape=SHAPE, n_classes=CLASSES):
     """Sums of feature maps, with and without a convolution in the shortcut."""
-    return ResidualNet(input_shape[0], (8, 12), 2, n_classes)
+    return ResidualNet(input_shape[0], (8, 12), 1, n_classes)
 
 
 class _Inverted(nn.Module):
@@ -165,7 +165,7 @@ def make(name, seed=0):
 
 # layers, in the order of the graph, that each hold a row for every channel of one group
 CHAINS = {
-    "residual": ("blocks.2.first.0", "blocks.2.first.1"),
+    "residual": ("blocks.1.first.0", "blocks.1.first.1"),
     "depthwise": ("block.expand", "block.norm", "block.depthwise", "block.norm2"),
     "grouped": ("last",),
     "concatenating": ("join",),

@@ -288,9 +288,9 @@ def test_filters_that_live_in_the_same_subspace_are_grouped(groups):
 def test_options_are_the_same_for_the_same_seed():
     network, images = networks.make("residual"), networks.images(20)
     moments = measure(network, images)
-    layer = layers(network)["blocks.3.first.0"]
+    layer = layers(network)["blocks.1.second.0"]
     first, second = (
-        Rates({"a": options(layer, moments["blocks.3.first.0"], seed=4)}).allocate(1e-3)
+        Rates({"a": options(layer, moments["blocks.1.second.0"], seed=4)}).allocate(1e-3)
         for _ in range(2)
     )
     assert first.n_bytes == second.n_bytes

@@ -127,7 +127,7 @@ def duplicate_(network, producer, source, copy, norm=None):
 @pytest.mark.parametrize(
     ("name", "producer", "norm"),
     [
-        ("residual", "blocks.2.first.0", "blocks.2.first.1"),
+        ("residual", "blocks.1.first.0", "blocks.1.first.1"),
         ("flattening", "3", "4"),
         ("flattening", "0", None),
         ("grouped", "last", None),

@@ -95,7 +95,7 @@ def test_a_network_that_is_not_quantised_is_rounded_to_eight_bits(name):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_projected_layers_are_exported_as_their_two_halves(groups, fine):
     network = networks.make("residual")
-    for name in ("blocks.0.first.0", "blocks.2.first.0", "classifier"):
+    for name in ("blocks.0.first.0", "blocks.1.first.0", "classifier"):
         layer = network.get_submodule(name)
         n_out, n_in = layer.weight.shape[:2]
         conv = isinstance(layer, nn.Conv2d)

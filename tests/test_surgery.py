@@ -105,14 +105,10 @@ EXPECTED = {
     "residual": {
         ("blocks.0.first.0",): {"blocks.0.second.0"},
         ("blocks.1.first.0",): {"blocks.1.second.0"},
-        ("blocks.2.first.0",): {"blocks.2.second.0"},
-        ("blocks.3.first.0",): {"blocks.3.second.0"},
-        ("blocks.0.second.0", "blocks.1.second.0", "stem.0"): {
-            *("blocks.0.first.0", "blocks.1.first.0", "blocks.2.first.0", "blocks.2.shortcut.0")
+        ("blocks.0.second.0", "stem.0"): {
+            *("blocks.0.first.0", "blocks.1.first.0", "blocks.1.shortcut.0")
         },
-        ("blocks.2.second.0", "blocks.2.shortcut.0", "blocks.3.second.0"): {
-            *("blocks.3.first.0", "classifier")
-        },
+        ("blocks.1.second.0", "blocks.1.shortcut.0"): {"classifier"},
     },
     "depthwise": {
         ("block.expand",): {"block.shrink"},
