@@ -65,6 +65,13 @@ def test_a_merged_convolution_equals_its_two_halves_in_sequence(layer, groups):
     torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_stride_in_the_first_half_of_a_pointwise_layer_is_kept():
+    first, last = nn.Conv2d(5, 2, 1, stride=(2, 3), bias=False), nn.Conv2d(2, 6, 1)
+    x = torch.randn(2, 5, 7, 7)
+    one, two = merged(Projected(first, last)), Projected(first, last)
+    torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_merged_linear_layer_equals_its_two_halves_in_sequence(bias):
     two = projected(nn.Linear(7, 4, bias=bias), 3)
