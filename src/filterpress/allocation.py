@@ -26,13 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from filterpress.clustering import kmeans
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, regular
 
 SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of 2**(-2b) / 12
 SAMPLES = 4096  # weights of a block that stand for all of them
 N_RANKS = 12  # ranks offered a layer and number of groups
-SYMBOLS = 255  # integers told apart when entropy is estimated
+LINEAR, BINS = 64, 8  # integers told apart up to the first, then in so many bins an octave
 STEP_BITS = 6.0  # a row's step in the file
 BIAS_BITS = 9.0  # a row's bias in the file
 
@@ -116,7 +117,7 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
     whole = _block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
     found = [Option(0, None, (whole,), 0.0)]
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+    if (isinstance(layer, nn.Conv2d) and layer.groups > 1) or not power.any():
         return found
     taps = weight[0, 0].numel()
     n_groups = [2**k for k in range(int(math.log2(max_groups)) + 1) if taps > 1 or k == 0]
@@ -207,7 +208,6 @@ def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 
         ``(O,)`` group of each filter.
     """
     from scipy.optimize import linear_sum_assignment
-    from sklearn.cluster import KMeans
 
     n_out, _, n_in = filters.shape
     if groups == 1:
@@ -215,8 +215,7 @@ def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 
     size, rank = n_out // groups, max(1, n_in // 4)
     means = torch.nn.functional.normalize(filters.flatten(1), dim=1)
     sketch = means @ torch.randn(means.shape[1], 32, generator=torch.Generator().manual_seed(seed))
-    start = KMeans(groups, n_init=1, random_state=seed).fit(sketch.numpy())
-    cost = torch.from_numpy(start.transform(sketch.numpy())).float()
+    cost = kmeans(sketch, groups, seed=seed).distances.float()
     labels = torch.zeros(n_out, dtype=torch.long)
     for iteration in range(iterations + 1):
         slots = cost.repeat_interleave(size, dim=1).numpy()
@@ -313,13 +312,16 @@ class Rates:
 
 def _entropy(integers: Tensor) -> Tensor:
     """Return the order-0 entropy ``(B,)`` in bits a symbol of rows of integers ``(B, m)``."""
-    half = SYMBOLS // 2
-    coarse = integers.clamp(-half, half).long() + half
-    rows = torch.arange(len(coarse))[:, None] * SYMBOLS
-    counts = torch.bincount((coarse + rows).flatten(), minlength=len(coarse) * SYMBOLS)
-    p = counts.view(len(coarse), SYMBOLS) / integers.shape[1]
-    beyond = (integers.abs() / half).clamp(min=1).log2().mean(dim=1)
-    total: Tensor = torch.special.entr(p).sum(dim=1) / math.log(2) + beyond
+    size = integers.abs()
+    octaves = (size / LINEAR).clamp(min=1).log2()
+    codes = (size.clamp(max=LINEAR) + (octaves * BINS).floor()) * integers.sign()
+    within = torch.where(size > LINEAR, (size * (2 ** (1 / BINS) - 1)).log2(), 0.0)  # of a bin
+    codes = (codes - codes.min()).long()
+    n_codes = int(codes.max()) + 1
+    rows = torch.arange(len(codes))[:, None] * n_codes
+    counts = torch.bincount((codes + rows).flatten(), minlength=len(codes) * n_codes)
+    p = counts.view(len(codes), n_codes) / integers.shape[1]
+    total: Tensor = torch.special.entr(p).sum(dim=1) / math.log(2) + within.mean(dim=1)
     return total
 
 

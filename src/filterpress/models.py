@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from filterpress._user_code import load_function
 from filterpress.errors import ModelError
@@ -57,6 +58,8 @@ def build(
         network = _build(model, input_shape, n_classes)
     if not isinstance(network, nn.Module):
         raise ModelError(f"{model} must return a torch.nn.Module, got {type(network).__name__}")
+    if bound := [n for n, m in network.named_modules() if parametrize.is_parametrized(m)]:
+        raise ModelError(f"{model} must have no parametrised layers, got {bound[0]}: remove them")
     _check_shapes(network, model, input_shape, n_classes)
     return network.train()
 

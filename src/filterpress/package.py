@@ -50,7 +50,7 @@ class Package:
         input_shape: ``(C, H, W)``.
         n_classes: Number of outputs.
         inputs: What a user of the file must know of its images: ``mean`` and ``std`` of each
-            channel, and the ``classes``.
+            channel.
         baseline: What the trained network had: ``n_bytes``, ``accuracy``, ``validation_accuracy``,
             ``n_parameters``, ``macs``.
         history: The reports of the stages so far.

@@ -192,7 +192,9 @@ def patches(
     columns = torch.arange(kw, device=x.device) * layer.dilation[1]
     ys = (chosen // width * layer.stride[0])[:, None, None] + rows[:, None]  # (P, kh, 1)
     xs = (chosen % width * layer.stride[1])[:, None, None] + columns  # (P, 1, kw)
-    seen = F.pad(x, layer._reversed_padding_repeated_twice)[:, :, ys, xs]  # (N, I, P, kh, kw)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    seen = padded[:, :, ys, xs]  # (N, I, P, kh, kw)
     seen = torch.unflatten(seen, 1, (layer.groups, -1))  # (N, G, I/G, P, kh, kw)
     return seen.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 

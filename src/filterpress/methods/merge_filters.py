@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from filterpress import statistics
 from filterpress.allocation import SLOPE, Allocation, Rates, meet, options
+from filterpress.clustering import kmeans
 from filterpress.compensation import ChannelStatistics, channel_statistics, cut_compensated_
 from filterpress.methods import Outcome
 from filterpress.progress import progress
@@ -171,18 +172,15 @@ def central_channels(views: list[ChannelStatistics], k: int, *, seed: int = 0) -
     Returns:
         ``(n,)`` boolean, at most ``k`` true.
     """
-    from sklearn.cluster import KMeans
-
     second = torch.stack([view.second for view in views]).sum(dim=0)
     weight = torch.stack([v.importance.diagonal() * v.second.diagonal() for v in views]).sum(dim=0)
     length = second.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(length > 1e-6 * length.max(), 1 / length, 0)
     values, vectors = torch.linalg.eigh(second * inverse[:, None] * inverse)
-    points = (vectors * values.clamp(min=0).sqrt())[:, -DIMENSIONS:].double().numpy()
-    weights = (weight / weight.max().clamp(min=1e-30) + 1e-6).double().numpy()
-    fitted = KMeans(k, n_init=1, random_state=seed).fit(points, sample_weight=weights)
-    labels = torch.from_numpy(fitted.labels_).long()
-    distance = torch.from_numpy(fitted.transform(points))[torch.arange(len(labels)), labels]
+    points = (vectors * values.clamp(min=0).sqrt())[:, -DIMENSIONS:]
+    weight = weight / weight.max().clamp(min=1e-30) + 1e-6
+    labels, distances = kmeans(points, k, seed=seed, weight=weight)
+    distance = distances.gather(1, labels[:, None])[:, 0]
     # the nearest to each centroid, found by sorting: by cluster first, then by distance
     order = distance.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]
