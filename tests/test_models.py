@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import textwrap
 
 import pytest
@@ -225,3 +226,16 @@ def test_weights_that_are_not_finite_are_refused_and_named(network, trained, tmp
     save_file(weights, tmp_path / "x.safetensors")
     message = r"classifier\.bias in .* has NaN or infinite values"
     refused(network, tmp_path / "x.safetensors", message)
+
+
+def weight_normed(input_shape, n_classes):
+    layer = nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], n_classes)
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(layer))
+
+
+def test_a_network_with_parametrised_layers_is_refused(monkeypatch, tmp_path):
+    source = inspect.getsource(weight_normed)
+    (tmp_path / "normed.py").write_text(f"from torch import nn\n\n\n{source}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="must have no parametrised layers, got 1"):
+        build("normed:weight_normed", (1, 4, 4), 3)

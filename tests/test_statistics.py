@@ -43,6 +43,16 @@ def test_inputs_are_the_second_moment_of_unfolded_patches(kind):
     torch.testing.assert_close(found.inputs, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_patches_are_padded_as_the_layer_pads(mode):
+    layer = nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)
+    shape = layer(IMAGES).shape
+    seen = patches(layer, IMAGES, shape, 10**6, torch.Generator().manual_seed(0))
+    outputs = seen[0] @ layer.weight.flatten(1).T + layer.bias
+    expected = layer(IMAGES).permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_inputs_of_a_linear_layer_are_its_own():
     network = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).eval()
     seen = IMAGES.flatten(1)
