@@ -88,7 +88,12 @@ def compress(
     _check(given)
     run = _Run(Path(out), given | {"store": store or str(Path(out) / "release")})
     _open(run.out, given)
-    trained, _ = run.step("train", stages.train)
+    try:
+        trained, _ = run.step("train", stages.train)
+        stages.check_thresholds(trained, max_size=max_size, min_accuracy=min_accuracy)
+    except Exception:
+        _undo(run.out)
+        raise
     last, _ = run.step("prune", stages.prune, trained)
     for number in range(1, max_rounds + 1):
         last, decision = _round(run, trained, last, number)
@@ -201,6 +206,14 @@ def _open(out: Path, given: Report) -> None:
         raise PackageError(f"{out} exists already: name another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     _write(started, given)
+
+
+def _undo(out: Path) -> None:
+    """Remove a run's folder, unless it holds something that took work, as training does."""
+    report = out / "train" / "report.json"
+    trained = report.exists() and json.loads(report.read_text())["trained"]
+    if not trained and {path.name for path in out.iterdir()} <= {"run.json", "train"}:
+        shutil.rmtree(out)
 
 
 def _write(path: Path, value: Report) -> None:

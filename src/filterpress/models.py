@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -218,7 +218,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors and is refused, for it could run code; "
             "save model.state_dict() alone"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+    # torch.load meets a file that is none with whatever its bytes happen to break
+    except (OSError, EOFError, LookupError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{path} is no readable file of weights ({reason})") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):

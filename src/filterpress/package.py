@@ -12,6 +12,7 @@ Nothing is ever pickled. Packages carry no times and no paths: the same run give
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -318,6 +319,16 @@ def encode(package: Package, network: nn.Module) -> bytes:
         **package.inputs,
     }
     return codec.encode(tensors, strip(graph, tensors), header)
+
+
+def least_bytes(package: Package) -> int:
+    """Return what the file of a network needs for everything but its weights."""
+    empty = copy.deepcopy(package.network)
+    with torch.no_grad():
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            if tensor.is_floating_point():
+                tensor.zero_()
+    return len(encode(package, empty))
 
 
 def count(network: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ same bytes in all three. A stage with nothing left to do copies its package. Wha
 here is light: a stage imports what it needs when it runs.
 """
 
+from filterpress.stages.deciding import check_thresholds as check_thresholds
 from filterpress.stages.deciding import evaluate as evaluate
 from filterpress.stages.deciding import give_up as give_up
 from filterpress.stages.deciding import publish as publish

@@ -14,6 +14,7 @@ from filterpress.stages.handover import (
     budget_of,
     encoded_file,
     evaluated_report,
+    max_bytes_of,
     pass_on,
     refuse_existing,
     require,
@@ -22,6 +23,25 @@ from filterpress.stages.handover import (
 )
 
 SIGNED = ("accuracy", "validation_accuracy", "macs", "ratio")  # of the report, with the file
+
+
+def check_thresholds(model: Path, *, max_size: str, min_accuracy: str) -> None:
+    """Refuse thresholds that no network compressed from a trained one could meet.
+
+    Args:
+        model: Package of the trained network.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
+
+    Raises:
+        ValueError: The floor is above the trained network's accuracy, or the size below what the
+            format alone needs.
+    """
+    from filterpress import package
+
+    source = package.load(model)
+    budget_of(source, max_size, min_accuracy)
+    max_bytes_of(source, max_size)
 
 
 def evaluate(

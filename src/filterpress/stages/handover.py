@@ -78,6 +78,20 @@ def hand_on(
     return whole
 
 
+def max_bytes_of(source: Package, max_size: str) -> int:
+    """Turn a size as written into bytes; refuse one below what the format alone needs."""
+    from filterpress import package
+
+    max_bytes = parse_size(max_size, source.baseline["n_bytes"])
+    least = package.least_bytes(source)
+    if max_bytes < least:
+        raise ValueError(
+            f"max_size must be at least {least} bytes for this network, without any weights, "
+            f"got {max_size!r}, which is {max_bytes}"
+        )
+    return max_bytes
+
+
 def budget_of(
     source: Package, max_size: str, min_accuracy: str, max_rounds: int = 1, max_retrains: int = 0
 ) -> Budget:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filterpress.budget import parse_size
 from filterpress.stages.handover import (
     Report,
     hand_on,
+    max_bytes_of,
     pass_on,
     refuse_existing,
     settled,
@@ -97,7 +97,7 @@ def cluster(
         return pass_on(model, out)
     method, its_config = settings.choose(clusterers(), config)
     source = package.load(model)
-    max_bytes = parse_size(max_size, source.baseline["n_bytes"])
+    max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
     refuse_existing(out)
     images = _calibration(its_task, its_config.images, seed)
@@ -145,7 +145,7 @@ def reduce(
         return pass_on(model, out) | {"state": state}
     method, its_config = settings.choose(reducers(), config)
     source = package.load(model)
-    max_bytes = parse_size(max_size, source.baseline["n_bytes"])
+    max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
     refuse_existing(out)
     images = _calibration(its_task, its_config.images, seed)
