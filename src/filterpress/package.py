@@ -12,7 +12,6 @@ Nothing is ever pickled. Packages carry no times and no paths: the same run give
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -35,7 +34,13 @@ from filterpress import codec, models
 from filterpress.codec.graph import strip
 from filterpress.errors import PackageError
 from filterpress.export import to_graph
-from filterpress.representations import ChannelOrder, Projected, is_quantized, quantize_
+from filterpress.representations import (
+    ChannelOrder,
+    Projected,
+    is_quantized,
+    quantize_,
+    without_quantization,
+)
 
 FORMAT = 1
 Json = dict[str, Any]
@@ -323,7 +328,7 @@ def encode(package: Package, network: nn.Module) -> bytes:
 
 def least_bytes(package: Package) -> int:
     """Return what the file of a network needs for everything but its weights."""
-    empty = copy.deepcopy(package.network)
+    empty = without_quantization(package.network, rounded=True)  # a step must not become zero
     with torch.no_grad():
         for tensor in (*empty.parameters(), *empty.buffers()):
             if tensor.is_floating_point():
