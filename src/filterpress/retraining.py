@@ -12,7 +12,7 @@ from torch import nn
 
 from filterpress.representations import is_quantized, step_of
 from filterpress.tasks import Task
-from filterpress.training import FitConfig, Progress, fit
+from filterpress.training import FitConfig, Progress, best_device, fit, predictor
 
 COARSER = 1.03  # steps grow by this until the file fits again
 
@@ -58,7 +58,8 @@ def retrain_quantized(
         task: Data and score.
         config: How to train.
         floor: Accuracy on the validation set to reach.
-        reached: Accuracy of the network as it comes; a retrain that ends below is dropped.
+        reached: Accuracy of the network as it comes; a retrain that ends below, or in a file that
+            cannot be made to fit, is dropped.
         max_bytes: Largest encoded file; steps grow where training made the file larger.
         size: Size of the encoded file of a network.
         seed: Seed of the order of the images and their augmentation.
@@ -78,13 +79,19 @@ def retrain_quantized(
         stop=lambda score: score >= goal,
         progress=progress,
     )
-    improved = result.validation_score >= reached
-    if not improved:
-        student = copy.deepcopy(network)
-    coarser = 0
-    while size(student) > max_bytes and coarser < 20:
+    score, coarser = result.validation_score, 0
+    n_bytes = size(student)
+    while n_bytes > max_bytes and coarser < 20:
         coarsen_(student)
         coarser += 1
+        n_bytes = size(student)
+    if coarser:
+        device = best_device()
+        score = task.score(predictor(student.to(device), device), "validation")
+        student.cpu()
+    improved = score >= reached and n_bytes <= max_bytes
+    if not improved:
+        student = copy.deepcopy(network)
     return student, {
         "epochs": len(result.scores),
         "best_epoch": result.epoch,
