@@ -185,8 +185,8 @@ def publish(
             "created": issued.created,
         }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    if html is not None:
-        reporting.write_html(model, html)
+        if html is not None:
+            reporting.write_html(model, html)
     return report
 
 
