@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ class _Run:
         written = self.out / place
         if not (written / "report.json").exists():
             log.info("%s", place)
+            for draft in written.parent.glob(f".{written.name}-*"):
+                shutil.rmtree(draft)  # of a stage that was killed
             kinds = inspect.signature(stage).parameters.values()
             named = {p.name for p in kinds if p.kind is p.KEYWORD_ONLY}
             config = {"config": self.given.get(f"{stage.__name__}_config")}
@@ -169,8 +172,7 @@ def _finish(run: _Run, last: Path, decision: str) -> Report:
     receipt, _ = run.step("publish", stages.publish, last, html=page)
     report |= json.loads((receipt / "report.json").read_text())
     report |= {"release": report["store"], "package": str(last), "html": str(page)}
-    shutil.copyfile(last / stages.ENCODED, run.out / f".{stages.ENCODED}")
-    (run.out / f".{stages.ENCODED}").replace(run.out / stages.ENCODED)
+    _replace(run.out / stages.ENCODED, (last / stages.ENCODED).read_bytes())
     _write(run.out / "report.json", report)
     return report
 
@@ -202,7 +204,7 @@ def _open(out: Path, given: Report) -> None:
             )
         log.info("continuing the run in %s", out)
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p != _draft(started) for p in out.iterdir())):
         raise PackageError(f"{out} exists already: name another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     _write(started, given)
@@ -217,6 +219,17 @@ def _undo(out: Path) -> None:
 
 
 def _write(path: Path, value: Report) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    draft.replace(path)
+    _replace(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file all at once."""
+    with _draft(path).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _draft(path).replace(path)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
