@@ -201,3 +201,13 @@ def test_recalibration_keeps_weights_and_dropout_out_of_it():
     recalibrate_(network, images)
     assert all(p.equal(before[key]) for key, p in network.named_parameters())
     assert all(once[key].equal(value) for key, value in network.state_dict().items())
+
+
+def test_eigen_rebuilds_a_matrix_that_lacks_rank_and_nearly_vanishes():
+    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    rows[:, 20:] *= 1e-22
+    matrix = rows.T @ rows
+    values, vectors = statistics.eigen(matrix)
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=1e-4, atol=1e-4)
+    assert (values.diff() >= 0).all()
+    assert int((values > 1e-3).sum()) == 5

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from filterpress.clustering import kmeans
 from filterpress.representations import Layer
-from filterpress.statistics import Moments, regular
+from filterpress.statistics import Moments, eigen, regular
 
 SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of 2**(-2b) / 12
 SAMPLES = 4096  # weights of a block that stand for all of them
@@ -187,11 +187,11 @@ def input_subspaces(
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return orthonormal directions ``(m, I)`` of rows ``(n, I)`` and their energies ``(m,)``."""
     if len(rows) < rows.shape[1]:
-        energy, left = torch.linalg.eigh(rows @ rows.T)
+        energy, left = eigen(rows @ rows.T)
         energy, left = energy.flip(0).clamp(min=0), left.flip(1)
         inverse = torch.where(energy > 1e-7 * energy[0], energy.rsqrt(), 0)
         return (left * inverse).T @ rows, energy
-    energy, right = torch.linalg.eigh(rows.T @ rows)
+    energy, right = eigen(rows.T @ rows)
     return right.flip(1).T, energy.flip(0).clamp(min=0)
 
 

@@ -65,6 +65,18 @@ def regular(matrix: Tensor) -> Tensor:
     return matrix + torch.diag((ridge + 1e-24).expand(len(matrix)))
 
 
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues ``(n,)``, rising, and eigenvectors ``(n, n)`` of a symmetric matrix.
+
+    Single precision does not always converge on second moments that nearly lack rank; double does.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
 def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Moments]:
     """Collect the statistics of every convolution and linear layer.
 

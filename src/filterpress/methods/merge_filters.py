@@ -176,7 +176,7 @@ def central_channels(views: list[ChannelStatistics], k: int, *, seed: int = 0) -
     weight = torch.stack([v.importance.diagonal() * v.second.diagonal() for v in views]).sum(dim=0)
     length = second.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(length > 1e-6 * length.max(), 1 / length, 0)
-    values, vectors = torch.linalg.eigh(second * inverse[:, None] * inverse)
+    values, vectors = statistics.eigen(second * inverse[:, None] * inverse)
     points = (vectors * values.clamp(min=0).sqrt())[:, -DIMENSIONS:]
     weight = weight / weight.max().clamp(min=1e-30) + 1e-6
     labels, distances = kmeans(points, k, seed=seed, weight=weight)
