@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -134,6 +135,18 @@ PATHS = {  # the stages that do something, in order, and how the run ends
     "never accurate": (["train", "prune", *ROUND, *RETRAIN], "give-up"),
     "never small enough": (["train", "prune", *ROUND], "too-big"),
 }
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Compute with one thread, as the processes of the tests do, so that all make the same bytes.
+
+    It is also the fastest for tensors this small.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def flags(settings):

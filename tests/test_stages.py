@@ -1,0 +1,364 @@
+"""Each stage as a function, from package to package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from filterpress import package, stages
+from filterpress.errors import BudgetError, ModelError, PackageError
+from filterpress.release import create_keys, fetch, latest
+from tests import tiny
+from tests.tiny import FILES
+
+TASK = {"task": "tests.tiny:task"}
+TIGHT = {"max_size": "1000"}
+RETRAIN = json.dumps({"epochs": 8, "lr": 0.02, "batch_size": 64, "precision": "float32"})
+COMMON_NUMBERS = {
+    *(
+        "stage",
+        "n_bytes",
+        "baseline_bytes",
+        "ratio",
+        "accuracy",
+        "baseline_accuracy",
+        "n_parameters",
+    ),
+    *("macs", "decision", "round", "retrains", "sha256"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Packages of one run, each made by the stage it is named after."""
+    root = tmp_path_factory.mktemp("stages")
+    stages.train(root / "train", model="tests.tiny:network", config=tiny.TRAINED, **TASK)
+    stages.prune(root / "train", root / "prune", **TASK)
+    stages.cluster(root / "prune", root / "cluster", **TIGHT, **TASK)
+    stages.reduce(root / "cluster", root / "reduce", **TIGHT, **TASK)
+    stages.evaluate(root / "reduce", root / "evaluate", min_accuracy="0.9", **TIGHT, **TASK)
+    stages.retrain(
+        root / "evaluate", root / "train", root / "retrain", min_accuracy="0.9", config=RETRAIN,
+        **TIGHT, **TASK,
+    )  # fmt: skip
+    stages.evaluate(root / "retrain", root / "good", min_accuracy="0.9", **TIGHT, **TASK)
+    return root
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("publisher") / "keys"
+    create_keys(folder)
+    return folder
+
+
+@pytest.fixture
+def publish(made, keys, tmp_path):
+    def publish(model="good", out="receipt", **thresholds):
+        wanted = {"max_size": "1000", "min_accuracy": "0.9"} | thresholds
+        store, given = str(tmp_path / "store"), {**TASK, **wanted, "keys": str(keys)}
+        model = made / model if isinstance(model, str) else model
+        return stages.publish(model, tmp_path / out, store=store, **given)
+
+    return publish
+
+
+def report_of(path):
+    return json.loads((path / "report.json").read_text())
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["train", "prune", "cluster", "reduce", "evaluate", "retrain"])
+def test_every_report_has_the_numbers_that_all_have(made, name):
+    report = report_of(made / name)
+    assert set(report) >= COMMON_NUMBERS
+    assert report["stage"] == name
+    assert report["ratio"] == report["baseline_bytes"] / report["n_bytes"]
+    assert tiny.history(made / name)[-1] == report
+
+
+@pytest.mark.parametrize("name", ["prune", "cluster", "reduce", "retrain"])
+def test_the_size_in_a_report_is_that_of_the_file_which_the_next_evaluation_writes(
+    made, name, tmp_path
+):
+    stages.evaluate(made / name, tmp_path / "out", max_size="1x", min_accuracy="0", **TASK)
+    encoded = (tmp_path / "out" / "model.fpk").read_bytes()
+    assert report_of(made / name)["n_bytes"] == len(encoded)
+    assert report_of(made / name)["sha256"] == hashlib.sha256(encoded).hexdigest()
+
+
+SETTLED = [
+    (stages.cluster, "reduce", {"state": "fits"}),
+    (stages.reduce, "reduce", {"state": "fits"}),
+    *((stages.evaluate, "good", {"state": state}) for state in ("publish", "next", "give-up")),
+    *(
+        (stages.retrain, "good", {"decision": decision})
+        for decision in ("publish", "next", "give-up", "too-big")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "state"), SETTLED, ids=lambda v: getattr(v, "__name__", str(v))
+)
+def test_a_stage_with_nothing_left_to_do_copies_its_package(stage, name, state, made, tmp_path):
+    sources = [made / name] + ([made / "train"] if stage is stages.retrain else [])
+    told = stage(*sources, tmp_path / "out", **state, **TASK)
+    assert contents(tmp_path / "out") == contents(made / name)
+    assert told == report_of(made / name) | {"passed_on": True} | (
+        state if stage is stages.reduce else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "state"),
+    [
+        (stages.cluster, {"state": "publish"}),
+        (stages.reduce, {"state": ""}),
+        (stages.evaluate, {"state": "Publish"}),
+        (stages.retrain, {"decision": "fits"}),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_a_state_that_does_not_exist_is_refused(stage, state, made, tmp_path):
+    sources = [made / "good"] + ([made / "train"] if stage is stages.retrain else [])
+    with pytest.raises(ValueError, match="state must be one of"):
+        stage(*sources, tmp_path / "out", **state, **TASK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_network_is_taken_bit_by_bit(made, tmp_path):
+    weights = made / "train" / "weights.safetensors"
+    given = {"model": "tests.tiny:network", "weights": str(weights), **TASK}
+    report = stages.train(tmp_path / "same", **given)
+    assert report["trained"] is False
+    ours, theirs = (
+        load_file(p / "weights.safetensors") for p in (made / "train", tmp_path / "same")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    numbers = {"accuracy", "validation_accuracy", "n_bytes", "macs"}
+    before = report_of(made / "train")
+    assert {k: report[k] for k in numbers} == {k: before[k] for k in numbers}
+
+
+def test_training_goes_on_from_weights_when_it_is_told_how(made, tmp_path):
+    weights = made / "train" / "weights.safetensors"
+    config = json.dumps({**json.loads(tiny.TRAINED), "epochs": 1, "lr": 0.01})
+    given = {"model": "tests.tiny:network", "weights": str(weights), **TASK}
+    assert stages.train(tmp_path / "more", config=config, **given)["trained"] is True
+    ours, theirs = (
+        load_file(p / "weights.safetensors") for p in (made / "train", tmp_path / "more")
+    )
+    assert not torch.equal(ours["0.weight"], theirs["0.weight"])
+
+
+def test_an_evaluation_is_that_of_the_file_it_wrote(made):
+    report, encoded = report_of(made / "evaluate"), (made / "evaluate" / "model.fpk").read_bytes()
+    assert report["n_bytes"] == len(encoded)
+    assert report["sha256"] == hashlib.sha256(encoded).hexdigest()
+    assert report["validation_accuracy"] == tiny.accuracy_by_hand(encoded, "validation")
+    assert report["accuracy"] == tiny.accuracy_by_hand(encoded, "test")
+
+
+def test_a_baseline_is_the_trained_network_in_floats(made):
+    network = package.load(made / "train").network
+    images, labels = tiny.Patterns().sets["test"]
+    with torch.no_grad():
+        right = int((network(images).argmax(1) == labels).sum())
+    for name in ("train", "evaluate"):
+        assert report_of(made / name)["baseline_accuracy"] == right / len(labels)
+        assert report_of(made / name)["baseline_bytes"] == 4 * sum(
+            p.numel() for p in network.parameters()
+        )
+
+
+@pytest.mark.parametrize(
+    ("limits", "decision"),
+    [
+        ({"max_size": "2000", "min_accuracy": "0.5"}, "publish"),
+        ({"max_size": "2000", "min_accuracy": "-0pp"}, "retrain"),
+        ({"max_size": "2000", "min_accuracy": "-0pp", "retrains": 2}, "next"),
+        ({"max_size": "2000", "min_accuracy": "-0pp", "retrains": 2, "round": 2}, "give-up"),
+        ({"max_size": "900", "min_accuracy": "0.5"}, "too-big"),
+    ],
+)
+def test_an_evaluation_decides_by_both_thresholds_and_what_is_left_to_try(
+    limits, decision, made, tmp_path
+):
+    assert (
+        stages.evaluate(made / "reduce", tmp_path / "out", **limits, **TASK)["decision"] == decision
+    )
+
+
+def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tmp_path):
+    report = stages.reduce(
+        made / "prune", tmp_path / "out", max_size="1000", config='{"max_shrink": 2}', **TASK
+    )
+    assert report["state"] == "too-big"
+    assert 1000 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
+
+
+def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):
+    limit = {"max_size": "900", "round": 2}
+    report = stages.reduce(made / "good", tmp_path / "out", **limit, **TASK)
+    assert report["state"] == "fits"
+    assert report["n_bytes"] <= 900
+
+
+def test_a_budget_for_less_than_the_format_needs_names_the_smallest_one(made, tmp_path):
+    with pytest.raises(ValueError, match="max_size must be at least") as raised:
+        stages.reduce(made / "prune", tmp_path / "out", max_size="100", **TASK)
+    least = int(str(raised.value).split("at least ")[1].split()[0])
+    stages.reduce(made / "prune", tmp_path / "out", max_size=str(least), **TASK)
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        stages.reduce(made / "prune", tmp_path / "less", max_size=str(least - 1), **TASK)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_retraining_stops_when_it_is_accurate_enough(made):
+    before, after = report_of(made / "evaluate"), report_of(made / "retrain")
+    assert before["validation_accuracy"] < 0.9
+    assert after["epochs"] < 8
+    assert after["trained_validation_accuracy"] >= 0.901
+    assert report_of(made / "good")["decision"] == "publish"
+
+
+def test_retraining_does_not_touch_its_sources(made, tmp_path):
+    before = {name: contents(made / name) for name in ("evaluate", "train")}
+    given = {"min_accuracy": "0.5", "config": '{"epochs": 1, "batch_size": 64}', **TIGHT, **TASK}
+    stages.retrain(made / "evaluate", made / "train", tmp_path / "out", **given)
+    assert {name: contents(made / name) for name in ("evaluate", "train")} == before
+
+
+def test_publication_releases_the_evaluated_bytes_signed(publish, made, keys, tmp_path):
+    report, root = publish(), (keys / "root.json").read_bytes()
+    released = latest(str(tmp_path / "store"), root=root)
+    encoded = fetch(str(tmp_path / "store"), released.target, root=root)
+    assert encoded == (made / "good" / "model.fpk").read_bytes()
+    assert report["sha256"] == hashlib.sha256(encoded).hexdigest()
+    assert report["target"] == released.target
+    assert released.custom["validation_accuracy"] == str(report["validation_accuracy"])
+    assert report_of(tmp_path / "receipt") == report
+
+
+def test_publication_is_idempotent(publish, tmp_path):
+    first = publish()
+    before = {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()}
+    second = publish(out="receipt-2")
+    assert (first["created"], second["created"]) == (True, False)
+    assert {k: v for k, v in first.items() if k != "created"} == {
+        k: v for k, v in second.items() if k != "created"
+    }
+    assert {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "numbers"),
+    [({"max_size": "900"}, "of 900 allowed"), ({"min_accuracy": "-0pp"}, "of 0.9800 needed")],
+)
+def test_publication_measures_the_thresholds_itself(thresholds, numbers, publish, tmp_path):
+    with pytest.raises(BudgetError, match=numbers):
+        publish(**thresholds)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decision_to_publish_that_is_a_lie_does_not_publish(publish, made, tmp_path):
+    shutil.copytree(made / "evaluate", tmp_path / "liar")
+    description = json.loads((tmp_path / "liar" / "model.json").read_text())
+    description["history"][-1] |= {"decision": "publish", "validation_accuracy": 1.0}
+    (tmp_path / "liar" / "model.json").write_text(json.dumps(description))
+    with pytest.raises(BudgetError, match=r"validation accuracy 0\.8"):
+        publish(tmp_path / "liar")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("at", [0, 100, -1])
+def test_publication_refuses_a_file_that_is_not_the_evaluated_one(at, publish, made, tmp_path):
+    shutil.copytree(made / "good", tmp_path / "other")
+    encoded = bytearray((made / "good" / "model.fpk").read_bytes())
+    encoded[at] ^= 1
+    (tmp_path / "other" / "model.fpk").write_bytes(encoded)
+    with pytest.raises(PackageError, match="must be the file that was evaluated"):
+        publish(tmp_path / "other")
+    assert not (tmp_path / "store").exists()
+
+
+def test_publication_refuses_a_package_that_was_not_evaluated(publish, tmp_path):
+    with pytest.raises(PackageError, match="must be an evaluated package"):
+        publish("reduce")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_giving_up_raises_the_numbers_and_leaves_the_page(made, tmp_path):
+    page = tmp_path / "page.html"
+    with pytest.raises(BudgetError, match=r"\d+ bytes of 1000 allowed, .* of 0.9000 needed"):
+        stages.give_up(made / "evaluate", max_size="1000", min_accuracy="0.9", html=page)
+    assert "Not accurate enough" in page.read_text()
+
+
+def test_giving_up_on_what_is_good_enough_does_not_raise(made):
+    report = stages.give_up(made / "good", max_size="1000", min_accuracy="0.9")
+    assert report["decision"] == "publish"
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [stages.prune, stages.cluster, stages.reduce, stages.evaluate],
+    ids=lambda s: s.__name__,
+)
+def test_a_network_meets_only_data_like_those_it_was_trained_on(stage, made, tmp_path):
+    with pytest.raises(ModelError, match="images and classes like those"):
+        stage(made / "train", tmp_path / "out", data="digits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_writes_over_nothing(made, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(PackageError, match="exists already"):
+        stages.prune(made / "train", tmp_path, **TASK)
+    with pytest.raises(PackageError, match="exists already"):
+        stages.prune(made / "train", tmp_path / "mine", **TASK)
+    assert contents(tmp_path) == {"mine": b"mine"}
+
+
+def test_a_package_holds_only_what_a_package_has(made):
+    for place in made.iterdir():
+        evaluated = place.name in {"evaluate", "good"}
+        assert set(contents(place)) == set(FILES if evaluated else FILES[:3])
+
+
+def test_stages_depend_on_nothing_but_their_arguments(made, tmp_path):
+    """The global generator and the files' dates make no difference."""
+    torch.manual_seed(99)
+    stages.cluster(made / "prune", tmp_path / "cluster", **TIGHT, **TASK)
+    stages.reduce(tmp_path / "cluster", tmp_path / "reduce", **TIGHT, **TASK)
+    assert contents(tmp_path / "reduce") == contents(made / "reduce")
+
+
+def test_weights_of_another_network_are_refused(made, tmp_path):
+    state = load_file(made / "train" / "weights.safetensors")
+    state["0.weight"] = state["0.weight"][:8]
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=r"0\.weight has shape"):
+        stages.train(
+            tmp_path / "out",
+            model="tests.tiny:network",
+            weights=str(tmp_path / "w.safetensors"),
+            **TASK,
+        )
+    assert not (tmp_path / "out").exists()
