@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from filterpress import models, package
+from filterpress import models, package, statistics
 from filterpress.methods.merge_filters import MergeConfig, merge_filters
 from filterpress.methods.project_channels import ProjectionConfig, project_channels
 from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
@@ -39,6 +39,7 @@ def run(name: str, size: int, n_images: int, ratio: float) -> dict[str, object]:
     def length(other: torch.nn.Module) -> int:
         return len(package.encode(source, other))
 
+    statistics.recalibrate_(network, images)  # fresh batch-norm lets the activations explode
     length(network)  # compiles the coder
     profile = cProfile.Profile()
     started = time.perf_counter()

@@ -233,7 +233,9 @@ def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
 def tell(step: Step) -> None:
     """Say in one line on standard error what a step did."""
     shown = ("n_bytes", "validation_accuracy", "accuracy", "state", "decision")
-    numbers = [f"{key} {_short(step.report[key])}" for key in shown if key in step.report]
+    numbers = [
+        f"{key} {_short(step.report[key])}" for key in shown if step.report.get(key) is not None
+    ]
     if step.last_words:
         outcome = "failed"
     elif step.reused:

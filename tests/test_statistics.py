@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from filterpress import statistics
+from filterpress.errors import ModelError
 from filterpress.statistics import Moments, measure, patches, recalibrate_
 from tests import networks
 
@@ -211,3 +212,11 @@ def test_eigen_rebuilds_a_matrix_that_lacks_rank_and_nearly_vanishes():
     torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=1e-4, atol=1e-4)
     assert (values.diff() >= 0).all()
     assert int((values > 1e-3).sum()) == 5
+
+
+def test_activations_that_overflow_are_refused_by_the_name_of_the_layer():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        network[1].weight.fill_(1e30)
+    with pytest.raises(ModelError, match="the activations of 2 must be finite"):
+        measure(network, IMAGES)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from filterpress.errors import ModelError
 from filterpress.progress import progress
 from filterpress.representations import Layer, is_quantized
 from filterpress.surgery import layers, plain
@@ -87,6 +88,9 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
 
     Returns:
         Statistics by layer name. A layer that is not used by the forward pass has none.
+
+    Raises:
+        ModelError: Activations overflow, as in a network that was never trained.
     """
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Moments] = {}
@@ -103,6 +107,9 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
             advance()
     model.zero_grad(set_to_none=True)
     count = len(images)
+    for name, (inputs, gain) in totals.items():
+        if not (torch.isfinite(inputs).all() and torch.isfinite(gain).all()):
+            raise ModelError(f"the activations of {name} must be finite, got NaN or infinity")
     return {
         name: Moments(_symmetric(m.inputs) / count, m.gain / count) for name, m in totals.items()
     }
