@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,11 +209,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"there is no file of weights {path}")
     try:
-        found: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        with warnings.catch_warnings(action="ignore"):  # the error says what there is to say
+            found: Any = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} holds more than tensors and is refused, for it could run code; "

@@ -123,11 +123,15 @@ def project_channels(
     rates = Rates(candidates)
     aim = target = max_bytes * (1 - config.headroom)
     best: Attempt | None = None
+    tried = 0.0
     for _ in range(ATTEMPTS):
         allocation = rates.allocate(meet(lambda theta: _spent(rates.allocate(theta)), target))
         if fingerprint(allocation) in avoid:
-            target *= 0.98
+            target = 0.95 * min(target, _spent(allocation))  # the budget may not bind
             continue
+        if allocation.theta == tried:
+            break  # the budget does not bind: nothing else will come
+        tried = allocation.theta
         result = apply(source, allocation, moments)
         statistics.recalibrate_(result, images)
         real = size(result)
