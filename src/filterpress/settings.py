@@ -18,16 +18,12 @@ def parse(text: str) -> dict[str, Any]:
         ValueError: The text is no JSON object.
     """
     try:
-        value = json.loads(text or "{}", parse_constant=_refuse)
+        value = json.loads(text or "{}")
     except ValueError as error:
         raise ValueError(f"config must be a JSON object, got {text!r}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"config must be a JSON object, got {text!r}")
     return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def configure(kind: type[C], fields: Mapping[str, Any]) -> C:

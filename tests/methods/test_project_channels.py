@@ -223,3 +223,9 @@ def test_a_layer_that_stays_cannot_be_projected():
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be "):
         ProjectionConfig(**{field: value})
+
+
+@pytest.mark.parametrize("max_shrink", [float("nan"), float("inf"), 1.0, 0.5, -2.0])
+def test_a_pass_that_shrinks_by_no_sensible_factor_is_refused(max_shrink):
+    with pytest.raises(ValueError, match="max_shrink must be 0 or above 1, got"):
+        ProjectionConfig(max_shrink=max_shrink)

@@ -77,7 +77,7 @@ class ProjectionConfig:
             raise ValueError(f"max_groups must be at least 1, got {self.max_groups}")
         if not 0 <= self.headroom < 1:
             raise ValueError(f"headroom must be in [0, 1), got {self.headroom}")
-        if self.max_shrink and self.max_shrink <= 1:
+        if self.max_shrink != 0 and not 1 < self.max_shrink < math.inf:
             raise ValueError(f"max_shrink must be 0 or above 1, got {self.max_shrink}")
 
 
