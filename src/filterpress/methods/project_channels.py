@@ -7,7 +7,9 @@ damage to the network's outputs; a layer that gains nothing from a projection is
 
 A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
 a position. Does not help 1x1 convolutions that are nearly square and of full rank, nor grouped and
-depthwise ones. More than one group rarely wins at equal bytes.
+depthwise ones. More than one group rarely wins at equal bytes. A projection after an earlier one
+takes its place; it is not folded into other layers without a nonlinearity between, such as the
+linear bottlenecks of MobileNetV2.
 
 Reference:
     The claimed loop's reduction of the channel dimension. Zhang et al., "Accelerating Very Deep
