@@ -56,6 +56,27 @@ def depthwise(input_shape=SHAPE, n_classes=CLASSES):
     return Depthwise(input_shape[0], n_classes)
 
 
+class Bottlenecks(nn.Module):
+    def __init__(self, in_channels, n_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 10, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(10)
+        self.first = _Inverted(10, 16)
+        self.second = _Inverted(10, 12)
+        self.shrink = nn.Conv2d(10, 8, 1)
+        self.last = nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Linear(12, n_classes)
+
+    def forward(self, x):
+        x = self.shrink(self.second(self.first(self.norm(self.stem(x)))))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+def bottlenecks(input_shape=SHAPE, n_classes=CLASSES):
+    """Linear bottlenecks: sums and pairs of layers without a nonlinearity between."""
+    return Bottlenecks(input_shape[0], n_classes)
+
+
 class Grouped(nn.Module):
     def __init__(self, in_channels, n_classes):
         super().__init__()
@@ -117,7 +138,9 @@ def flattening(input_shape=SHAPE, n_classes=CLASSES):
     )
 
 
-BUILDERS = {f.__name__: f for f in (residual, depthwise, grouped, concatenating, flattening)}
+BUILDERS = {
+    f.__name__: f for f in (residual, depthwise, bottlenecks, grouped, concatenating, flattening)
+}
 
 
 def randomise_(network, seed=0):
@@ -167,6 +190,7 @@ def make(name, seed=0):
 CHAINS = {
     "residual": ("blocks.1.first.0", "blocks.1.first.1"),
     "depthwise": ("block.expand", "block.norm", "block.depthwise", "block.norm2"),
+    "bottlenecks": ("first.expand", "first.norm", "first.depthwise", "first.norm2"),
     "grouped": ("last",),
     "concatenating": ("join",),
     "flattening": ("3", "4"),

@@ -213,10 +213,10 @@ def test_all_subspaces_together_reproduce_the_layer(size, groups):
     layer = nn.Conv2d(6, 8, size)
     moments = correlated(layer)
     weight = layer.weight.detach()
-    found = input_subspaces(weight, moments, groups)
-    channels, _ = channel_moments(weight, moments)
+    channels = channel_moments(weight, moments)
+    found = input_subspaces(weight, moments.gain, channels, groups)
     rows = weight.flatten(2)[found.order].view(groups, -1, 6, size * size)
-    inner = torch.einsum("goit,gri->gort", rows, found.bases @ channels)
+    inner = torch.einsum("goit,gri->gort", rows, found.bases @ channels.second)
     back = torch.einsum("gort,gri->goit", inner, found.bases).flatten(0, 1)
     torch.testing.assert_close(back, weight.flatten(2)[found.order], rtol=1e-2, atol=1e-3)
 
@@ -224,9 +224,9 @@ def test_all_subspaces_together_reproduce_the_layer(size, groups):
 def test_projected_channels_have_power_one():
     layer = nn.Conv2d(6, 8, 3)
     moments = correlated(layer)
-    found = input_subspaces(layer.weight.detach(), moments)
-    channels, _ = channel_moments(layer.weight.detach(), moments)
-    covariance = found.bases[0] @ channels @ found.bases[0].T
+    channels = channel_moments(layer.weight.detach(), moments)
+    found = input_subspaces(layer.weight.detach(), moments.gain, channels)
+    covariance = found.bases[0] @ channels.second @ found.bases[0].T
     torch.testing.assert_close(covariance, torch.eye(6), rtol=0, atol=5e-3)
 
 
@@ -237,7 +237,7 @@ def test_projected_channels_have_power_one():
 def test_energies_are_the_damage_of_leaving_rows_out_of_white_inputs(layer, rank):
     weight = layer.weight.detach()
     moments = white(layer, gain=torch.linspace(0.5, 2.0, len(weight)))
-    found = input_subspaces(weight, moments)
+    found = input_subspaces(weight, moments.gain, channel_moments(weight, moments))
     basis = found.bases[0, :rank]
     flat = weight if weight.ndim == 2 else weight.transpose(1, -1)
     kept = flat @ basis.T @ basis
@@ -250,7 +250,7 @@ def test_no_other_projection_of_a_rank_damages_less():
     layer = nn.Conv2d(6, 8, 1)
     moments = correlated(layer)
     weight = layer.weight.detach()
-    found = input_subspaces(weight, moments)
+    found = input_subspaces(weight, moments.gain, channel_moments(weight, moments))
     least = 0.5 * float(found.energies[0, 2:].sum())
     root = torch.linalg.cholesky(moments.inputs[0])
     for seed in range(20):

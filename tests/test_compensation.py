@@ -184,10 +184,16 @@ def test_solve_is_the_inverse_where_there_is_one():
 
 
 @pytest.mark.parametrize(
-    "matrix", [torch.zeros(3, 3), torch.ones(3, 3), torch.diag(torch.eye(3)[0])]
+    "matrix",
+    [
+        torch.zeros(3, 3),
+        torch.ones(3, 3),
+        torch.diag(torch.eye(3)[0]),
+        torch.diag(torch.tensor([1.0, 1.0, -2e-4])),  # as rounding leaves it
+    ],
 )
 def test_solve_gives_finite_numbers_where_rank_is_missing(matrix):
     right = matrix @ torch.tensor([[1.0], [2.0], [-1.0]])
     found = solve(matrix, right)
     assert torch.isfinite(found).all()
-    torch.testing.assert_close(matrix @ found, right, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(matrix @ found, right, rtol=1e-2, atol=1e-3)

@@ -121,6 +121,13 @@ EXPECTED = {
         ("block.expand",): {"block.shrink"},
         ("block.shrink", "stem"): {"block.expand", "head"},
     },
+    "bottlenecks": {
+        ("first.expand",): {"first.shrink"},
+        ("second.expand",): {"second.shrink"},
+        ("first.shrink", "second.shrink", "stem"): {"first.expand", "second.expand", "shrink"},
+        ("shrink",): {"last"},
+        ("last",): {"head"},
+    },
     "grouped": {("last",): {"mix"}, ("mix",): {"head"}},
     "concatenating": {
         ("join",): {"head"},

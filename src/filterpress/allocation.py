@@ -20,7 +20,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,7 @@ class Option(NamedTuple):
     subspaces: Subspaces | None
     blocks: tuple[Block, ...]
     damage: float
+    folded: bool = False  # the projection is in the neighbours, with which the layer must agree
 
     @property
     def groups(self) -> int:
@@ -115,18 +116,18 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
     noise = moments.inputs.diagonal(dim1=1, dim2=2) / power.clamp(min=1e-30)[:, None]
     noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
-    whole = _block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
+    whole = block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
     found = [Option(0, None, (whole,), 0.0)]
     if (isinstance(layer, nn.Conv2d) and layer.groups > 1) or not power.any():
         return found
-    taps = weight[0, 0].numel()
-    n_groups = [2**k for k in range(int(math.log2(max_groups)) + 1) if taps > 1 or k == 0]
-    for groups in n_groups:
+    channels = channel_moments(weight, moments)
+    most = max_groups if weight.ndim > 2 and weight[0, 0].numel() > 1 else 1
+    for groups in (2**k for k in range(int(math.log2(most)) + 1)):
         if len(weight) % groups:
             continue
-        subspaces = input_subspaces(weight, moments, groups, seed=seed)
+        subspaces = input_subspaces(weight, moments.gain, channels, groups, seed=seed)
         for rank in _ranks(weight, groups, subspaces):
-            found.append(_projected(weight, moments, subspaces, rank, generator))
+            found.append(_projected(weight, moments.gain, channels, subspaces, rank, generator))
     return found
 
 
@@ -142,22 +143,29 @@ def _ranks(weight: Tensor, groups: int, subspaces: Subspaces) -> list[int]:
     return sorted({int(r) for r in spaced.round().clamp(1, int(limit)).tolist()})
 
 
-def channel_moments(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Average a layer's statistics over the taps of its kernel.
+class ChannelMoments(NamedTuple):
+    """Statistics of a layer's input channels, averaged over the taps of its kernel."""
 
-    Returns:
-        The second moment of the input channels, ``(I, I)``, and the share of the power that each
-        tap sees, ``(T,)`` with mean 1.
-    """
+    second: Tensor  # (I, I) second moment of the channels
+    mass: Tensor  # (T,) share of the power that each tap sees, mean 1
+
+
+def taps_of(weight: Tensor) -> Tensor:
+    """View a weight ``(O, I, kh, kw)`` or ``(O, I)`` as ``(O, I, T)``."""
+    return weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+
+
+def channel_moments(weight: Tensor, moments: Moments) -> ChannelMoments:
+    """Average the statistics of a layer over the taps of its kernel."""
     n_in, taps = weight.shape[1], weight[0, 0].numel()
     by_tap = moments.inputs[0].view(n_in, taps, n_in, taps).diagonal(dim1=1, dim2=3)  # (I, I, T)
     channels = by_tap.mean(dim=2)
     mass = by_tap.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)
-    return channels, mass
+    return ChannelMoments(channels, mass)
 
 
 def input_subspaces(
-    weight: Tensor, moments: Moments, groups: int = 1, *, seed: int = 0
+    weight: Tensor, gain: Tensor, channels: ChannelMoments, groups: int = 1, *, seed: int = 0
 ) -> Subspaces:
     """Find the projections of a layer's input that keep its outputs.
 
@@ -167,15 +175,14 @@ def input_subspaces(
 
     Args:
         weight: ``(O, I, kh, kw)`` or ``(O, I)``.
-        moments: The layer's statistics.
+        gain: ``(O,)`` squared derivative of the outputs by each filter's.
+        channels: Statistics of the input channels.
         groups: Number of groups; divides ``O``.
         seed: Seed of the first grouping.
     """
-    channels, mass = channel_moments(weight, moments)
-    root = torch.linalg.cholesky(regular(channels))  # (I, I)
-    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    scale = moments.gain.sqrt()[:, None, None] * mass.sqrt()
-    filters = (taps * scale).transpose(1, 2) @ root  # (O, T, I) whitened
+    root = torch.linalg.cholesky(regular(channels.second))  # (I, I)
+    scale = gain.sqrt()[:, None, None] * channels.mass.sqrt()
+    filters = (taps_of(weight) * scale).transpose(1, 2) @ root  # (O, T, I) whitened
     labels = group_filters(filters, groups, seed=seed)
     order = labels.argsort(stable=True)
     found = [_principal(filters[labels == g].flatten(0, 1)) for g in range(groups)]
@@ -229,34 +236,46 @@ def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 
 
 
 def _projected(
-    weight: Tensor, moments: Moments, subspaces: Subspaces, rank: int, generator: torch.Generator
+    weight: Tensor,
+    gain: Tensor,
+    channels: ChannelMoments,
+    subspaces: Subspaces,
+    rank: int,
+    generator: torch.Generator,
 ) -> Option:
     """Describe the option of one rank."""
     groups = len(subspaces.bases)
-    channels, mass = channel_moments(weight, moments)
-    power = channels.diagonal().mean()
+    each = channels.second.diagonal()
+    power = each.mean()
     project = subspaces.bases[:, :rank].flatten(0, 1)  # (G r, I)
     energies = subspaces.energies[:, :rank].flatten()
     steps = unit_steps(energies, power.expand(len(energies)))
-    first = _block(project, steps, (channels.diagonal() / power).expand_as(project), 0.0, generator)
+    first = block(project, steps, (each / power).expand_as(project), 0.0, generator)
     # the projected channels have power one, whatever the tap: what is left of the weight is
     # W C U^T, the least-squares solution when taps are independent
-    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    taps = taps[subspaces.order].view(groups, -1, *taps.shape[1:])  # (G, O/G, I, T)
-    inner = subspaces.bases[:, :rank] @ channels  # (G, r, I)
+    taps = taps_of(weight)[subspaces.order]
+    taps = taps.view(groups, -1, *taps.shape[1:])  # (G, O/G, I, T)
+    inner = subspaces.bases[:, :rank] @ channels.second  # (G, r, I)
     rest = torch.einsum("goit,gri->gort", taps, inner).flatten(0, 1)  # (O, r, T)
-    gain = moments.gain[subspaces.order]
-    last = _block(
-        rest, unit_steps(gain, torch.ones(len(gain))), mass.expand_as(rest), BIAS_BITS, generator
-    )
+    gain = gain[subspaces.order]
+    noise = channels.mass.expand_as(rest)
+    last = block(rest, unit_steps(gain, torch.ones(len(gain))), noise, BIAS_BITS, generator)
     damage = float(0.5 * subspaces.energies[:, rank:].sum())
     return Option(rank, subspaces, (first, last), damage)
 
 
-def _block(
+def block(
     weight: Tensor, steps: Tensor, noise: Tensor, bias_bits: float, generator: torch.Generator
 ) -> Block:
-    """Sample a block of weights; the first axis is that of the steps."""
+    """Sample a block of weights.
+
+    Args:
+        weight: ``(O, ...)``.
+        steps: ``(O,)`` at which each row costs ``theta = 1``.
+        noise: Shape of ``weight``; how much an error counts, mean 1.
+        bias_bits: Bits of a row's bias; 0 where there is none.
+        generator: Chooses the sample.
+    """
     chosen = torch.randint(weight.numel(), (SAMPLES,), generator=generator)
     units = weight.reshape(-1)[chosen] / steps[chosen // weight[0].numel()]
     picked = noise.reshape(-1)[chosen]
@@ -268,19 +287,33 @@ class Rates:
 
     Args:
         candidates: Options by layer name.
+        folds: For each group of layers that can only take an option together, the options by layer
+            name, in the same order; no layer in two groups, and each one in ``candidates``.
     """
 
-    def __init__(self, candidates: Mapping[str, Sequence[Option]]) -> None:
-        self.names = list(candidates)
-        self.options = [(name, option) for name in self.names for option in candidates[name]]
-        blocks = [(i, b) for i, (_, o) in enumerate(self.options) for b in o.blocks]
+    def __init__(
+        self,
+        candidates: Mapping[str, Sequence[Option]],
+        folds: Sequence[Mapping[str, Sequence[Option]]] = (),
+    ) -> None:
+        self.options: list[Option] = []
+        self.alone = {name: self._number(found) for name, found in candidates.items()}
+        self.together = [  # by layer name, as rows (options,)
+            {name: self._number(found) for name, found in fold.items()} for fold in folds
+        ]
+        blocks = [(i, b) for i, option in enumerate(self.options) for b in option.blocks]
         self.owner = torch.tensor([i for i, _ in blocks])  # (B,) option of each block
-        self.layer = torch.tensor([self.names.index(n) for n, _ in self.options])  # (P,)
         self.units = torch.stack([b.units for _, b in blocks])  # (B, SAMPLES)
         self.noise = torch.stack([b.noise for _, b in blocks])
         self.n_weights = torch.tensor([float(b.n_weights) for _, b in blocks])
         self.side = torch.tensor([b.side_bits for _, b in blocks])
-        self.damage = torch.tensor([o.damage for _, o in self.options])  # (P,)
+        self.damage = torch.tensor([option.damage for option in self.options])  # (P,)
+
+    def _number(self, found: Sequence[Option]) -> Tensor:
+        """List options; return their places in the list."""
+        start = len(self.options)
+        self.options.extend(found)
+        return torch.arange(start, len(self.options))
 
     def blocks_at(self, theta: float) -> tuple[Tensor, Tensor]:
         """Return bytes and rounding damage ``(B,)`` of every block."""
@@ -298,16 +331,17 @@ class Rates:
         total_bytes = zeros.index_add(0, self.owner, n_bytes)
         total_damage = self.damage.index_add(0, self.owner, damage)
         cost = total_damage + SLOPE * theta * total_bytes
-        chosen: dict[str, Option] = {}
-        split: dict[str, tuple[float, ...]] = {}
-        spent = 0.0
-        for number, name in enumerate(self.names):
-            mine = (self.layer == number).nonzero().flatten()
-            best = int(mine[cost[mine].argmin()])
-            chosen[name] = self.options[best][1]
-            split[name] = tuple(n_bytes[self.owner == best].tolist())
-            spent += float(total_damage[best])
-        return Allocation(theta, chosen, split, spent)
+        best = {name: int(mine[cost[mine].argmin()]) for name, mine in self.alone.items()}
+        for fold in self.together:
+            joint = torch.stack([cost[mine] for mine in fold.values()]).sum(dim=0)  # (options,)
+            if float(joint.min()) < sum(float(cost[best[name]]) for name in fold):
+                best |= {name: int(mine[joint.argmin()]) for name, mine in fold.items()}
+        return Allocation(
+            theta,
+            {name: self.options[number] for name, number in best.items()},
+            {n: tuple(n_bytes[self.owner == number].tolist()) for n, number in best.items()},
+            float(total_damage[list(best.values())].sum()),
+        )
 
 
 def _entropy(integers: Tensor) -> Tensor:
@@ -325,7 +359,7 @@ def _entropy(integers: Tensor) -> Tensor:
     return total
 
 
-def meet(spend: object, target: float) -> float:
+def meet(spend: Callable[[float], float], target: float) -> float:
     """Find the smallest ``theta`` at which no more than ``target`` bytes are spent.
 
     Args:
@@ -338,7 +372,7 @@ def meet(spend: object, target: float) -> float:
     low, high = -60.0, 60.0
     for _ in range(40):
         middle = (low + high) / 2
-        if spend(math.exp(middle)) > target:  # type: ignore[operator]
+        if spend(math.exp(middle)) > target:
             low = middle
         else:
             high = middle

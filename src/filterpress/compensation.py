@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress.representations import Layer
-from filterpress.statistics import Moments, regular
+from filterpress.statistics import Moments, eigen, regular
 from filterpress.surgery import ChannelGroup, Member, keep_channels_
 
 
@@ -129,6 +129,37 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
     return result.view_as(weight)
 
 
+def refit_projected(
+    weight: Tensor, first: Tensor, moments: Moments, groups: int
+) -> tuple[Tensor, Tensor]:
+    r"""Solve the weights of a layer that reads a projection of its inputs.
+
+    With :math:`P = U \otimes I_T`, the projection of whole patches, the weights of least damage are
+    :math:`V = W A P^\top (P A P^\top)^{-1}`, for each group of filters by itself.
+
+    Args:
+        weight: ``(O, I, kh, kw)`` filters sorted by group.
+        first: ``(G r, I)`` projection.
+        moments: Statistics of the layer.
+        groups: Number of groups.
+
+    Returns:
+        ``(O, r, T)`` and the mean power ``(O,)`` of the inputs of each filter.
+    """
+    n_in, taps = weight.shape[1], weight[0, 0].numel()
+    second = moments.inputs[0].view(n_in, -1)  # (I, T I T)
+    rows = weight.flatten(1).view(groups, -1, n_in * taps)
+    parts, powers = [], []
+    for basis, filters in zip(first.view(groups, -1, n_in), rows, strict=True):
+        rank = len(basis)
+        half = (basis @ second).view(rank * taps, n_in, taps)  # P A
+        gram = torch.einsum("ait,ri->art", half, basis).reshape(rank * taps, -1)
+        cross = half.flatten(1) @ filters.T  # (r T, O/G)
+        parts.append(solve((gram + gram.T) / 2, cross).T.view(-1, rank, taps))
+        powers.append(gram.diagonal().mean().expand(len(filters)))
+    return torch.cat(parts), torch.cat(powers)
+
+
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve ``matrix x = right`` for a positive semi-definite matrix that may lack rank.
 
@@ -141,5 +172,10 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """
     if not len(matrix):
         return torch.zeros_like(right)
-    factor = torch.linalg.cholesky(regular(matrix))
-    return torch.cholesky_solve(right, factor)
+    factor, failed = torch.linalg.cholesky_ex(regular(matrix))
+    if not failed:
+        return torch.cholesky_solve(right, factor)
+    # rounding has made directions without power negative
+    values, vectors = eigen(matrix)
+    inverse = torch.where(values > 1e-6 * values[-1], 1 / values, 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))

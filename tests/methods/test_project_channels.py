@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from filterpress.allocation import Option, input_subspaces, options
+from filterpress.allocation import Option, channel_moments, input_subspaces, options
 from filterpress.errors import ModelError
 from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
 from filterpress.package import Package, encode
@@ -181,7 +181,9 @@ def statistics_of(layer, images):
 def test_a_projection_of_full_rank_and_fine_steps_is_the_layer_itself(layer, groups):
     images = networks.images(256, shape=(6, 8, 8))
     moments = statistics_of(layer, images)
-    subspaces = input_subspaces(layer.weight.detach(), moments, groups)
+    weight = layer.weight.detach()
+    channels = channel_moments(weight, moments)
+    subspaces = input_subspaces(weight, moments.gain, channels, groups)
     option = Option(6, subspaces, (), 0.0)
     made = project(layer, option, moments, 1e-12)
     with torch.no_grad():

@@ -6,10 +6,11 @@ the whole network come from one allocator, so that the encoded file meets the bu
 damage to the network's outputs; a layer that gains nothing from a projection is only rounded.
 
 A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
-a position. Does not help 1x1 convolutions that are nearly square and of full rank, nor grouped and
-depthwise ones. More than one group rarely wins at equal bytes. A projection after an earlier one
-takes its place; it is not folded into other layers without a nonlinearity between, such as the
-linear bottlenecks of MobileNetV2.
+a position. It costs nothing where no nonlinearity lies between a layer and those that make its
+inputs, as in the linear bottlenecks of MobileNetV2: there it is folded into these (see `folding`),
+and a projection after an earlier one takes its place. Does not help 1x1 convolutions that are
+nearly square and of full rank, nor grouped and depthwise ones. More than one group rarely wins at
+equal bytes.
 
 Reference:
     The claimed loop's reduction of the channel dimension. Zhang et al., "Accelerating Very Deep
@@ -25,6 +26,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,16 @@ from filterpress.allocation import (
     steps_of,
     unit_steps,
 )
-from filterpress.compensation import solve
+from filterpress.compensation import refit_projected
 from filterpress.errors import ModelError
+from filterpress.folding import (
+    LinearChannels,
+    Spread,
+    fold_,
+    fold_options,
+    linear_channels,
+    spreads_of,
+)
 from filterpress.methods import Outcome
 from filterpress.progress import progress
 from filterpress.representations import ChannelOrder, Layer, Projected, like, quantize_
@@ -53,6 +63,15 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8  # sizes tried until the real one meets the budget
 Attempt = tuple[int, nn.Module, Allocation]  # bytes of the file, network, how it came about
 CLOSE = 0.97  # a file this close below the budget is good enough
+
+
+class Source(NamedTuple):
+    """A plain network, and what is known of it."""
+
+    network: nn.Module
+    moments: Mapping[str, Moments]
+    linear: list[LinearChannels]
+    spreads: Mapping[str, Spread]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +124,20 @@ def project_channels(
         seed: Seed of the statistics.
 
     Returns:
-        The network with quantised, partly projected layers; the number of layers ``projected``, the
-        ``distortion`` predicted, and ``theta``. Where no allocation meets the budget, the smallest.
+        The network with quantised, partly projected layers; the number of layers ``projected`` and
+        of those whose projection was ``folded`` into others, the ``distortion`` predicted, and
+        ``theta``. Where no allocation meets the budget, the smallest.
 
     Raises:
         ModelError: Every allocation found is one to avoid.
     """
-    source = statistics.plain_for(model, images)
-    moments = statistics.measure(source, images, seed=seed)
-    used = {name: layer for name, layer in layers(source).items() if name in moments}
-    candidates = {}
-    with progress("reduce", len(used)) as advance:
-        for name, layer in used.items():
-            groups = config.max_groups
-            candidates[name] = options(layer, moments[name], max_groups=groups, seed=seed)
-            advance()
+    network = statistics.plain_for(model, images)
+    moments = statistics.measure(network, images, seed=seed)
+    linear = linear_channels(network, images[:2])
+    source = Source(network, moments, linear, spreads_of(network, linear, images))
+    rates = _rates(source, config, seed)
     if config.max_shrink:
         max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
-    rates = Rates(candidates)
     aim = target = max_bytes * (1 - config.headroom)
     best: Attempt | None = None
     tried = 0.0
@@ -134,7 +149,7 @@ def project_channels(
         if allocation.theta == tried:
             break  # the budget does not bind: nothing else will come
         tried = allocation.theta
-        result = apply(source, allocation, moments)
+        result = apply(source, allocation)
         statistics.recalibrate_(result, images)
         real = size(result)
         log.info("theta %.3g: %d bytes of %d", allocation.theta, real, max_bytes)
@@ -146,6 +161,22 @@ def project_channels(
     if best is None:
         raise ModelError("every allocation for this budget has failed before: change max_size")
     return _outcome(*best[1:])
+
+
+def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
+    """List what every layer, and every group of layers between nonlinearities, can become."""
+    used = {n: layer for n, layer in layers(source.network).items() if n in source.moments}
+    candidates = {}
+    with progress("reduce", len(used) + len(source.linear)) as advance:
+        for name, layer in used.items():
+            groups, moments = config.max_groups, source.moments[name]
+            candidates[name] = options(layer, moments, max_groups=groups, seed=seed)
+            advance()
+        folds = []
+        for channels in source.linear:
+            folds.append(fold_options(source.network, channels, source.moments, seed=seed))
+            advance()
+    return Rates(candidates, folds)
 
 
 def _better(best: Attempt | None, new: Attempt, aim: float) -> Attempt:
@@ -166,7 +197,7 @@ def _spent(allocation: Allocation) -> float:
 
 def fingerprint(allocation: Allocation) -> str:
     """Name an allocation by what it does to each layer, steps to a tenth of an octave."""
-    forms = [(n, o.rank, o.groups) for n, o in sorted(allocation.chosen.items())]
+    forms = [(n, o.rank, o.groups, o.folded) for n, o in sorted(allocation.chosen.items())]
     return hashlib.sha256(
         repr((forms, round(math.log2(allocation.theta) * 5))).encode()
     ).hexdigest()[:16]
@@ -181,9 +212,11 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
         }
         for name, option in allocation.chosen.items()
     }
-    projected = sum(option.rank > 0 for option in allocation.chosen.values())
+    folded = sum(option.folded for option in allocation.chosen.values())
+    projected = sum(option.rank > 0 for option in allocation.chosen.values()) - folded
     notes: dict[str, float | str] = {
         "projected": float(projected),
+        "folded": float(folded),
         "distortion": allocation.damage,
         "theta": allocation.theta,
         "allocation": fingerprint(allocation),
@@ -191,16 +224,49 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
     return Outcome(model, notes, changed)
 
 
-def apply(source: nn.Module, allocation: Allocation, moments: Mapping[str, Moments]) -> nn.Module:
-    """Give every layer of a plain network the form that was chosen for it."""
-    result = plain(source)
+def apply(source: Source, allocation: Allocation) -> nn.Module:
+    """Give every layer the form that was chosen for it."""
+    result = plain(source.network)
+    for channels in source.linear:
+        if allocation.chosen[channels.names[0]].folded:
+            fold(result, channels, source, allocation)
     for name, option in allocation.chosen.items():
-        layer = layers(result)[name]
+        moments = source.moments[name]
         if option.subspaces is None:
-            quantize_(layer, steps_of(layer.weight.detach(), moments[name], allocation.theta))
-        else:
-            result.set_submodule(name, project(layer, option, moments[name], allocation.theta))
+            layer = layers(result)[name]
+            quantize_(layer, steps_of(layer.weight.detach(), moments, allocation.theta))
+        elif not option.folded:
+            layer = layers(result)[name]
+            result.set_submodule(name, project(layer, option, moments, allocation.theta))
     return result.eval()
+
+
+def fold(
+    network: nn.Module, channels: LinearChannels, source: Source, allocation: Allocation
+) -> None:
+    """Project the channels between layers without a nonlinearity, and quantise these layers.
+
+    Args:
+        network: Copy of the source's network, changed in place.
+        channels: The channels to project.
+        source: The network the statistics are of.
+        allocation: What was chosen.
+    """
+    rank, subspaces = allocation.chosen[channels.names[0]][:2]
+    if subspaces is None:
+        raise ValueError("the option must have a rank to project to, got layers that stay")
+    basis, energies = subspaces.bases[0, :rank], subspaces.energies[0, :rank]
+    readers, steps = {}, {}
+    for member in channels.group.producers:
+        power = source.moments[member.name].inputs[0].diagonal().mean()
+        steps[member.name] = unit_steps(energies, power.expand(rank))
+    for member in channels.group.consumers:
+        name, weight = member.name, layers(source.network)[member.name].weight.detach()
+        readers[name], power = refit_projected(weight, basis, source.moments[name], 1)
+        steps[name] = unit_steps(source.moments[name].gain, power)
+    fold_(network, channels, basis, readers, source.spreads)
+    for name, step in steps.items():
+        quantize_(layers(network)[name], step * math.sqrt(allocation.theta))
 
 
 def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Projected:
@@ -221,7 +287,7 @@ def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Pro
     first, first_steps = _rounded_projection(weight, option.subspaces, option.rank, moments, theta)
     order = option.subspaces.order
     rounded = torch.round(first / first_steps[:, None]) * first_steps[:, None]
-    rest, power = _refit_rest(weight[order], rounded, moments, option.groups)
+    rest, power = refit_projected(weight[order], rounded, moments, option.groups)
     last_steps = unit_steps(moments.gain[order], power) * math.sqrt(theta)
     halves = _halves(layer, len(first), option.groups)
     with torch.no_grad():
@@ -244,37 +310,6 @@ def _rounded_projection(
     taps = weight[0, 0].numel()
     power = moments.inputs[0].diagonal().view(-1, taps).mean()
     return rows, unit_steps(energies, power.expand(len(rows))) * math.sqrt(theta)
-
-
-def _refit_rest(
-    weight: Tensor, first: Tensor, moments: Moments, groups: int
-) -> tuple[Tensor, Tensor]:
-    r"""Solve the second half of a projected layer by least squares.
-
-    With :math:`P = U \otimes I_T`, the projection of whole patches, the weights of least damage are
-    :math:`V = W A P^\top (P A P^\top)^{-1}`, for each group of filters by itself.
-
-    Args:
-        weight: ``(O, I, kh, kw)`` filters sorted by group.
-        first: ``(G r, I)`` projection.
-        moments: Statistics of the layer.
-        groups: Number of groups.
-
-    Returns:
-        ``(O, r, T)`` and the mean power ``(O,)`` of the inputs of each filter.
-    """
-    n_in, taps = weight.shape[1], weight[0, 0].numel()
-    second = moments.inputs[0].view(n_in, -1)  # (I, T I T)
-    rows = weight.flatten(1).view(groups, -1, n_in * taps)
-    parts, powers = [], []
-    for basis, filters in zip(first.view(groups, -1, n_in), rows, strict=True):
-        rank = len(basis)
-        half = (basis @ second).view(rank * taps, n_in, taps)  # P A
-        gram = torch.einsum("ait,ri->art", half, basis).reshape(rank * taps, -1)
-        cross = half.flatten(1) @ filters.T  # (r T, O/G)
-        parts.append(solve((gram + gram.T) / 2, cross).T.view(-1, rank, taps))
-        powers.append(gram.diagonal().mean().expand(len(filters)))
-    return torch.cat(parts), torch.cat(powers)
 
 
 def _halves(layer: Layer, width: int, groups: int) -> tuple[Layer, Layer]:
