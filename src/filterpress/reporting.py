@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -17,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from filterpress import chart
+from filterpress import chart, files
 from filterpress.errors import PackageError
 
 Report = Mapping[str, Any]
@@ -53,13 +52,7 @@ def write_html(package: Path, out: Path) -> None:
         raise PackageError(f"{source} cannot be read: {error}") from error
     if not isinstance(model, dict):
         raise PackageError(f"{source} must hold a JSON object, got {type(model).__name__}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(render(model))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)
+    files.write(out, render(model).encode())
 
 
 def render(model: Report) -> str:

@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from filterpress import files
 from filterpress.budget import decide
 from filterpress.stages.handover import (
     ENCODED,
@@ -111,7 +112,7 @@ def evaluate(
         "sha256": hashlib.sha256(encoded).hexdigest(),
         "layers": measurement.layer_rows(encoded),
     }
-    with package.writing(out) as draft:
+    with files.new_directory(out) as draft:
         package.save(source.after(source.network, report), draft)
         (draft / ENCODED).write_bytes(encoded)
     return report
@@ -167,7 +168,7 @@ def publish(
     measured = measurement.measure(encoded, its_task)
     require(budget, measured["n_bytes"], measured["validation_accuracy"])
     digest = evaluated["sha256"]
-    with package.writing(out) as draft, tempfile.TemporaryDirectory() as fresh:
+    with files.new_directory(out) as draft, tempfile.TemporaryDirectory() as fresh:
         issued = release.publish(
             encoded,
             target=f"models/{name}/{digest[:16]}/{ENCODED}",

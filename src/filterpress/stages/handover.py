@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filterpress import files
 from filterpress.budget import Budget, parse_accuracy, parse_size
 from filterpress.errors import BudgetError, ModelError, PackageError
 
@@ -32,7 +33,7 @@ def pass_on(model: Path, out: Path) -> Report:
     from filterpress import package
 
     description = package.read_description(model)
-    with package.writing(out) as draft:
+    with files.new_directory(out) as draft:
         shutil.copytree(model, draft, dirs_exist_ok=True)
     return description["history"][-1] | {"passed_on": True}  # type: ignore[no-any-return]
 
@@ -73,7 +74,7 @@ def hand_on(
         "layers": [{"name": name, **change} for name, change in layers.items()],
     }
     if is_main():
-        with package.writing(out) as draft:
+        with files.new_directory(out) as draft:
             package.save(source.after(network, whole), draft)
     return whole
 
@@ -150,6 +151,6 @@ def task_of(source: Package, data: str, data_dir: str, image_size: int, task: st
 
 
 def refuse_existing(out: Path) -> None:
-    """Refuse before the work what `package.writing` would refuse after it."""
+    """Refuse before the work what `files.new_directory` would refuse after it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PackageError(f"{out} exists already: name another folder or remove it")

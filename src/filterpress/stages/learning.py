@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from filterpress import files
 from filterpress.stages.handover import (
     Report,
     budget_of,
@@ -82,7 +83,7 @@ def train(
         history=(report,),
     )
     if is_main():
-        with package.writing(out) as draft:
+        with files.new_directory(out) as draft:
             package.save(trained, draft)
     return report
 
