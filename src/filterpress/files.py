@@ -80,16 +80,17 @@ def new_directory(path: Path, mode: int = 0o755) -> Iterator[Path]:
         shutil.rmtree(growing, ignore_errors=True)
 
 
-def refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path, but: Path | None = None) -> None:
     """Refuse to write where something is already.
 
     Args:
         path: What is to be written; an empty directory may be there.
+        but: A file in the directory that does not count.
 
     Raises:
         PackageError: There is something.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(found != but for found in path.iterdir())):
         raise PackageError(f"{path} exists already: name another folder or remove it")
 
 

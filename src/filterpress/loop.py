@@ -203,9 +203,7 @@ def _open(out: Path, given: Report) -> None:
             )
         log.info("continuing the run in %s", out)
         return
-    draft = files.draft(started)
-    if out.exists() and (not out.is_dir() or any(p != draft for p in out.iterdir())):
-        raise PackageError(f"{out} exists already: name another folder or remove it")
+    files.refuse_existing(out, but=files.draft(started))
     _write(started, given)
 
 

@@ -17,7 +17,6 @@ from filterpress.stages.handover import (
     evaluated_report,
     max_bytes_of,
     pass_on,
-    refuse_existing,
     require,
     settled,
     task_of,
@@ -89,7 +88,7 @@ def evaluate(
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy, max_rounds, max_retrains)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     encoded = package.encode(source, source.network)
     measured = measurement.measure(encoded, its_task)
     n_parameters, macs = package.count(source.network, source.input_shape)
@@ -164,7 +163,7 @@ def publish(
     encoded = encoded_file(model)
     evaluated = evaluated_report(source, encoded)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     measured = measurement.measure(encoded, its_task)
     require(budget, measured["n_bytes"], measured["validation_accuracy"])
     digest = evaluated["sha256"]

@@ -148,9 +148,3 @@ def task_of(source: Package, data: str, data_dir: str, image_size: int, task: st
             f"{wanted}, got {got}"
         )
     return its_task
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse before the work what `files.new_directory` would refuse after it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackageError(f"{out} exists already: name another folder or remove it")
