@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from filterpress import package, stages
 from filterpress.errors import BudgetError, ModelError, PackageError
+from filterpress.methods import Outcome
+from filterpress.methods.merge_filters import MergeConfig
 from filterpress.release import create_keys, fetch, latest
+from filterpress.stages import shrinking
 from tests import tiny
 from tests.tiny import FILES
 
@@ -211,6 +214,26 @@ def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tm
     )
     assert report["state"] == "too-big"
     assert 1000 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
+
+
+def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, monkeypatch):
+    def change_nothing(network, images, config, **given):
+        return Outcome(network, {"allocation": "none"}, {})
+
+    def encode(source, network, encode=package.encode):
+        encoded.append(network)
+        return encode(source, network)
+
+    encoded = []
+    monkeypatch.setattr(shrinking, "reducers", lambda: {"none": (change_nothing, MergeConfig)})
+    monkeypatch.setattr(package, "encode", encode)
+    n_bytes = report_of(made / "prune")["n_bytes"]
+    for out, limit, state in (("fits", n_bytes, "fits"), ("too-big", n_bytes - 1, "too-big")):
+        report = stages.reduce(made / "prune", tmp_path / out, max_size=str(limit), **TASK)
+        assert (report["state"], report["max_bytes"]) == (state, limit)
+        _, *of_the_result = encoded  # the first is for the least size that there is
+        assert len(of_the_result) == 1
+        encoded.clear()
 
 
 def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):

@@ -39,7 +39,12 @@ def pass_on(model: Path, out: Path) -> Report:
 
 
 def hand_on(
-    out: Path, source: Package, network: nn.Module, report: Report, layers: dict[str, Any]
+    out: Path,
+    source: Package,
+    network: nn.Module,
+    report: Report,
+    layers: dict[str, Any],
+    max_bytes: int | None = None,
 ) -> Report:
     """Write the package of a stage that changed the network, and complete its report.
 
@@ -49,6 +54,7 @@ def hand_on(
         network: What it made of it.
         report: What is particular to the stage.
         layers: What it did to each layer it changed.
+        max_bytes: Largest encoded file; with it the report has a ``state``, fits or too-big.
 
     Returns:
         The report with the numbers every stage gives; those that only an evaluation knows are None.
@@ -73,6 +79,9 @@ def hand_on(
         **report,
         "layers": [{"name": name, **change} for name, change in layers.items()],
     }
+    if max_bytes is not None:
+        state = "fits" if len(encoded) <= max_bytes else "too-big"
+        whole |= {"max_bytes": max_bytes, "state": state}
     if is_main():
         with files.new_directory(out) as draft:
             package.save(source.after(network, whole), draft)

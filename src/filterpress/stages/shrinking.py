@@ -161,10 +161,8 @@ def reduce(
         avoid=frozenset(failed),
         seed=seed,
     )
-    n_bytes = len(package.encode(source, outcome.model))
-    report = {"stage": "reduce", "round": round, "max_bytes": max_bytes, **outcome.notes}
-    report["state"] = "fits" if n_bytes <= max_bytes else "too-big"
-    return hand_on(out, source, outcome.model, report, outcome.layers)
+    report = {"stage": "reduce", "round": round, **outcome.notes}
+    return hand_on(out, source, outcome.model, report, outcome.layers, max_bytes)
 
 
 def _calibration(task: Task, n_images: int, seed: int) -> Tensor:
