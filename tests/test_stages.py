@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from filterpress import package, stages
+from filterpress import package, reporting, stages
 from filterpress.errors import BudgetError, ModelError, PackageError
 from filterpress.methods import Outcome
 from filterpress.methods.merge_filters import MergeConfig
@@ -337,6 +338,23 @@ def test_giving_up_raises_the_numbers_and_leaves_the_page(made, tmp_path):
 def test_giving_up_on_what_is_good_enough_does_not_raise(made):
     report = stages.give_up(made / "good", max_size="1000", min_accuracy="0.9")
     assert report["decision"] == "publish"
+
+
+def test_the_page_tells_of_every_layer_what_became_of_it(made):
+    page = reporting.render(json.loads((made / "evaluate" / "model.json").read_text()))
+    table = page[page.index("<h2>Layers") : page.index("<h2>Stages")]
+    head, *rows = (
+        re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)
+    )
+    for title, column in zip(head, zip(*rows, strict=True), strict=True):
+        assert any(column), f"nothing is ever told in the column {title}"
+    changes = {row[0]: row[head.index("Changes")] for row in rows}
+    for told in (entry for h in tiny.history(made / "evaluate") for entry in h.get("layers", [])):
+        for fate in {"removed", "merged"} & set(told):
+            assert f"{told[fate]:.0f} filter" in changes[told["name"]]
+            assert fate in changes[told["name"]]
+        if told.get("rank"):
+            assert changes[told["name"]].endswith(f"projected to rank {told['rank']:.0f}")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def evaluate(
         "round": round,
         "retrains": sum(h["stage"] == "retrain" for h in source.history),
         "sha256": hashlib.sha256(encoded).hexdigest(),
-        "layers": measurement.layer_rows(encoded),
+        "layers": measurement.layer_rows(encoded, source.network),
     }
     with files.new_directory(out) as draft:
         package.save(source.after(source.network, report), draft)
