@@ -77,6 +77,11 @@ def build(
         rounds=[make_round(n, size_tries, cache_evaluate) for n in numbers],
         retrain_loops=[make_retrain_loop(n, retrains, cache_evaluate) for n in numbers if retrains],
     )
+    return settle_names(define(stairs))
+
+
+def define(stairs: Stairs) -> GraphComponent:
+    """Define the pipeline on its sub-pipelines."""
 
     @dsl.pipeline(name=NAME)
     def pipeline(
@@ -130,7 +135,7 @@ def build(
         pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
         add_level({**given, "trained": trained}, stairs, pruned, 1)
 
-    return settle_names(pipeline)
+    return pipeline
 
 
 def add_level(given: dict[str, Any], stairs: Stairs, package: Any, number: int) -> None:

@@ -25,6 +25,7 @@ from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
 from kfp.local.status import Status
 
 import filterpress
+from filterpress import files
 from filterpress.errors import BudgetError, FilterpressError
 from filterpress.reporting import write_html
 from filterpress.stages import ENCODED
@@ -263,15 +264,9 @@ def leave_results(steps: list[Step], out: Path) -> Report:
     report = {**measured[-1].report, "package": str(package), "html": str(page)}
     if "release" in steps[-1].outputs:
         report |= {**steps[-1].report, "release": steps[-1].report["store"]}
-        _replace(out / ENCODED, (package / ENCODED).read_bytes())
-    _replace(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
+        files.write(out / ENCODED, (package / ENCODED).read_bytes())
+    files.write(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
     return report
-
-
-def _replace(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_bytes(data)
-    draft.replace(path)
 
 
 def _innermost(places: list[str]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from typer.testing import CliRunner
 from filterpress import stages
 from filterpress.__main__ import app
 from tests import tiny
+from tests.disks import largest_file
 
 OURS = ["--task", "tests.tiny:task"]
 NETWORK = ["--model", "tests.tiny:network"]
@@ -407,17 +406,6 @@ def test_a_folder_that_exists_is_left_alone(command, made, tmp_path):
 
 
 # A disk that is full
-
-
-@contextlib.contextmanager
-def largest_file(n_bytes):
-    """Let no file grow beyond a size: writing more fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("command", ["train", "prune", "evaluate"])

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from filterpress import stages, terminal
-from filterpress.__main__ import app, write_new
+from filterpress.__main__ import app
 from filterpress.errors import BudgetError, DataError
 from filterpress.flags import with_flags_of
 from filterpress.loop import compress
@@ -274,12 +274,6 @@ def test_a_damaged_file_decodes_to_nothing(encoded, tmp_path):
     result = run_in_process(app, ["decode", str(tmp_path / "damaged"), "--onnx", str(out)])
     assert result.exit_code == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "damaged"]
-
-
-def test_writing_leaves_nothing_behind_when_it_fails(tmp_path):
-    with pytest.raises(TypeError):
-        write_new(tmp_path / "file", "text is not bytes")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from PIL import Image
 
 from filterpress.data import load_data, split_indices
 from filterpress.errors import DataError
+from filterpress.files import draft
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 IDX_NAMES = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -410,7 +411,7 @@ def test_a_download_that_was_cut_off_goes_on_with_the_missing_files(bucket, tmp_
     location, cache = f"image-folder:gs://{bucket.name}/pets", tmp_path / "cache"
     whole = checksum(load_data(location, str(cache)))
     (done,) = (cache / "gcs").iterdir()
-    partial = done.rename(done.with_suffix(".partial"))
+    partial = done.rename(draft(done))
     (partial / "cat/0.png").unlink()
     for path in partial.rglob("*.png"):
         os.utime(path, ns=(1, 1))

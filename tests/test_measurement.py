@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from filterpress import codec, measurement
 from filterpress.errors import BitstreamError
 from filterpress.package import Package, encode
-from filterpress.representations import quantize_
+from filterpress.representations import Projected, like, quantize_
 from filterpress.surgery import layers
 from tests import networks
 
@@ -122,12 +123,48 @@ def test_preprocessing_is_what_the_task_knows_of_it(network):
 
 
 def test_rows_list_every_weight_of_the_file_with_its_share(network, encoded):
-    rows = measurement.layer_rows(encoded)
-    assert {row["name"] for row in rows} == set(layers(network))
+    rows = measurement.layer_rows(encoded, network)
+    assert [row["name"] for row in rows] == list(layers(network))
     for row in rows:
         weight = network.get_submodule(row["name"]).weight
         assert row["shape"] == list(weight.shape)
-        assert row["baseline_bytes"] == 4 * weight.numel()
         assert row["n_bytes"] == pytest.approx(row["bits_per_weight"] * weight.numel() / 8, abs=1)
+        assert "rank" not in row
     overhead = len(codec.encode({}, codec.decode(encoded).graph, {}))
     assert sum(row["n_bytes"] for row in rows) < len(encoded) - overhead / 2
+
+
+def test_the_halves_of_a_projected_layer_are_one_row_of_its_shape(source):
+    network = networks.make("residual")
+    halves = {}
+    for groups, (name, layer) in enumerate(list(layers(network).items())[1:3], 1):
+        n_out, n_in = layer.weight.shape[:2]
+        first = nn.Conv2d(n_in, 2 * groups, 1, bias=False)
+        halves[name] = Projected(first, like(layer, 2 * groups, n_out, groups))
+        network.set_submodule(name, halves[name])
+    rows = measurement.layer_rows(encode(source, network), network)
+    assert [row["name"] for row in rows] == list(layers(networks.make("residual")))
+    for row in rows:
+        name, plain = row["name"], networks.make("residual").get_submodule(row["name"])
+        assert row["shape"] == list(plain.weight.shape)
+        assert ("rank" in row) == (name in halves)
+        if name in halves:
+            assert (row["rank"], row["groups"]) == (2, list(halves).index(name) + 1)
+            n_weights = sum(half.weight.numel() for half in halves[name])
+            assert row["n_bytes"] == pytest.approx(row["bits_per_weight"] * n_weights / 8, abs=1)
+
+
+def test_weights_that_belong_to_no_layer_come_last():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(networks.SHAPE))
+            self.layer = nn.Conv2d(networks.SHAPE[0], 4, 3)
+
+        def forward(self, images):
+            return self.layer(images * self.scale).mean((2, 3))
+
+    network = Scaled().eval()
+    source = Package(network=network, model="", input_shape=networks.SHAPE, n_classes=4)
+    rows = measurement.layer_rows(encode(source, network), network)
+    assert [row["name"] for row in rows] == ["layer", "scale"]

@@ -3,9 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from filterpress import codec
-from filterpress.errors import FilterpressError, PackageError
+from filterpress.errors import FilterpressError
 from filterpress.package import (
     Package,
     construct,
@@ -23,7 +20,6 @@ from filterpress.package import (
     load,
     read_description,
     save,
-    writing,
 )
 from filterpress.representations import ChannelOrder, Projected, like, quantize_
 from filterpress.surgery import channel_groups, keep_channels_, layers
@@ -45,8 +41,8 @@ def package_of(name, network=None):
 
 
 def written(package, out):
-    with writing(out) as draft:
-        save(package, draft)
+    out.mkdir()
+    save(package, out)
     return out
 
 
@@ -255,62 +251,11 @@ def test_weights_of_other_names_or_shapes_are_refused(saved):
     assert "does not describe a network" in one_line(saved)
 
 
-def test_nothing_is_written_over(saved):
-    before = files_of(saved)
-    with pytest.raises(PackageError, match="exists already: name another folder or remove it"):
-        written(package_of("depthwise"), saved)
-    assert files_of(saved) == before
-
-
-def test_a_file_in_the_way_is_not_written_over(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(PackageError, match="exists already"):
-        written(package_of("depthwise"), tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_an_empty_folder_is_taken(tmp_path):
-    (tmp_path / "out").mkdir()
-    written(package_of("depthwise"), tmp_path / "out")
-    assert load(tmp_path / "out").model == "tests.networks:depthwise"
-
-
-def test_folders_above_are_made(tmp_path):
-    written(package_of("depthwise"), tmp_path / "a" / "b" / "c")
-    assert load(tmp_path / "a" / "b" / "c").n_classes == networks.CLASSES
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), writing(tmp_path / "out") as draft:  # noqa: PT012
-        save(package_of("depthwise"), draft)
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from filterpress.package import writing
-with writing(Path(sys.argv[1])) as draft:
-    (draft / "model.json").write_text("{")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_kill_leaves_no_package_and_the_next_run_writes_it(tmp_path):
-    out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not out.exists()
-    written(package_of("depthwise"), out)
-    assert load(out).input_shape == networks.SHAPE
-
-
 def test_values_that_json_does_not_know_are_not_written(tmp_path):
     package = package_of("depthwise").after(networks.make("depthwise"), {"loss": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
         written(package, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "model.json").exists()
 
 
 def test_the_header_of_the_file_says_what_a_user_must_know():

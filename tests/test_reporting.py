@@ -20,30 +20,38 @@ BASELINE = {
 }
 
 
-def layer(name, shape, n_bytes, action, *, bits, distortion):
-    n_weights = 1
-    for size in shape:
-        n_weights *= size
-    return {
-        "name": name,
-        "shape": shape,
-        "n_bytes": n_bytes,
-        "baseline_bytes": 4 * n_weights,
-        "action": action,
-        "bits_per_weight": bits,
-        "distortion": distortion,
-    }
+def layer(name, shape, n_bytes, bits, **projected):
+    return {"name": name, "shape": shape, "n_bytes": n_bytes, "bits_per_weight": bits, **projected}
 
 
 LAYERS = [
-    layer("stem", [16, 1, 3, 3], 98, "quantize", bits=5.4, distortion=1.2e-4),
-    layer("blocks.0.conv1", [14, 16, 3, 3], 1_020, "prune, quantize", bits=4.0, distortion=3.1e-4),
-    layer("blocks.0.conv2", [16, 14, 3, 3], 940, "quantize", bits=3.7, distortion=2.7e-4),
-    layer("blocks.1.conv1", [24, 16, 3, 3], 1_610, "share templates", bits=3.7, distortion=6.0e-4),
-    layer("blocks.1.conv2", [32, 24, 3, 3], 1_904, "low rank 9", bits=2.2, distortion=8.8e-4),
-    layer("blocks.1.shortcut", [32, 16, 1, 1], 260, "quantize", bits=4.1, distortion=9.0e-5),
-    layer("head", [10, 32], 171, "quantize", bits=4.3, distortion=5.0e-5),
+    layer("stem", [16, 1, 3, 3], 98, 5.4),
+    layer("blocks.0.conv1", [14, 16, 3, 3], 1_020, 4.0),
+    layer("blocks.0.conv2", [16, 14, 3, 3], 940, 3.7, rank=6, groups=2),
+    layer("blocks.1.conv1", [24, 16, 3, 3], 1_610, 3.7),
+    layer("blocks.1.conv2", [32, 24, 3, 3], 1_904, 2.2, rank=9, groups=1),
+    layer("blocks.1.shortcut", [32, 16, 1, 1], 260, 4.1),
+    layer("head", [10, 32], 171, 4.3),
 ]
+CHANGES = {
+    "stem": "",
+    "blocks.0.conv1": "1 filter removed, 4 filters merged",
+    "blocks.0.conv2": "projected to rank 6 in 2 groups",
+    "blocks.1.conv1": "8 filters merged",
+    "blocks.1.conv2": "projected to rank 9",
+    "blocks.1.shortcut": "",
+    "head": "",
+}
+REMOVED = [{"name": "blocks.0.conv1", "removed": 1.0, "kept": 18.0}]
+MERGED = [
+    {"name": "blocks.0.conv1", "merged": 2.0, "kept": 16.0},
+    {"name": "blocks.1.conv1", "merged": 8.0, "kept": 24.0},
+]
+REDUCED = [
+    {"name": entry["name"], "n_bytes": 1.5 * entry["n_bytes"], "rank": 7.0, "groups": 1.0}
+    for entry in LAYERS
+]
+MERGED_LATER = [{"name": "blocks.0.conv1", "merged": 2.0, "kept": 14.0}]
 
 
 def stage(name, n_bytes, validation, **more):
@@ -77,11 +85,11 @@ def evaluated(decision, n_bytes, validation, accuracy, **more):
 
 HISTORY = [
     stage("train", 95_312, 0.9757, accuracy=0.9722, n_parameters=23_828, macs=1_204_736, epochs=30),
-    stage("prune", 78_400, 0.9730, method="similar", threshold=0.9, n_parameters=19_600),
-    stage("cluster", 31_250, 0.9690, round=1, method="share_templates", state="too-big"),
-    stage("reduce", 11_020, 0.9301, round=1, method="low_rank", state="too-big"),
-    stage("cluster", 9_870, 0.9250, round=1, method="share_templates", state="too-big"),
-    stage("reduce", 7_411, 0.8820, round=1, method="low_rank", state="fits"),
+    stage("prune", 78_400, 0.9730, removed=1.0, n_parameters=19_600, layers=REMOVED),
+    stage("cluster", 31_250, 0.9690, round=1, merged=10.0, state="too-big", layers=MERGED),
+    stage("reduce", 11_020, 0.9301, round=1, state="too-big", layers=REDUCED),
+    stage("cluster", 9_870, 0.9250, round=1, merged=2.0, state="too-big", layers=MERGED_LATER),
+    stage("reduce", 7_411, 0.8820, round=1, state="fits", layers=REDUCED),
     evaluated("retrain", 7_412, 0.8820, 0.8796, round=1, retrains=0),
     stage("retrain", 7_388, 0.9652, round=1, teacher="trained", epochs=10),
     evaluated("retrain", 7_388, 0.9652, 0.9640, round=1, retrains=1),
@@ -162,7 +170,7 @@ def test_hostile_names_stay_text():
                 "sha256": hostile,
                 hostile: hostile,
                 "nested": {hostile: [hostile]},
-                "layers": [{"name": hostile, "action": hostile, "shape": [hostile], "n_bytes": 1}],
+                "layers": [{"name": hostile, "shape": [hostile], "n_bytes": 1}],
             }
         ],
     }
@@ -179,6 +187,37 @@ def test_a_key_that_is_missing_or_odd_never_breaks_the_page(key, value):
         odd = [{k: v for k, v in entry.items() if k != key} for entry in HISTORY]
     Outline(reporting.render({"history": odd}))
     reporting.summary_rows(odd[-1])
+
+
+@pytest.mark.parametrize("key", ["name", "shape", "n_bytes", "bits_per_weight", "rank", "merged"])
+@pytest.mark.parametrize("value", [None, "text", float("nan"), True, -1, 0, [None], {}])
+def test_a_layer_that_is_odd_never_breaks_the_page(key, value):
+    odd = [
+        {**entry, "layers": [{**layer, key: value} for layer in entry.get("layers", [])]}
+        for entry in HISTORY
+    ]
+    Outline(reporting.render({"history": odd}))
+
+
+def layer_changes(history):
+    """What the table of the layers says of each."""
+    page = reporting.render({"history": history})
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page)
+    return {name: re.findall(r"<td>(.*?)</td>", cells)[0] for name, cells in rows}
+
+
+def test_a_layer_says_what_was_done_to_it_by_all_stages_until_it_was_measured():
+    assert layer_changes(HISTORY) == CHANGES
+    assert layer_changes([*HISTORY, stage("cluster", 7_000, 0.9, layers=MERGED)]) == CHANGES
+
+
+def test_layers_are_told_as_planned_until_they_are_measured():
+    told = layer_changes(HISTORY[:4])
+    assert told["blocks.0.conv1"] == "1 filter removed, 2 filters merged, projected to rank 7"
+
+
+def test_without_bytes_there_is_no_table_of_layers():
+    assert layer_changes(HISTORY[:3]) == {}
 
 
 @pytest.mark.parametrize("model", [{}, {"history": []}, {"history": [3]}, {"baseline": 3}])
@@ -222,11 +261,9 @@ def test_the_summary_of_a_release_has_all_of_its_numbers():
     }
 
 
-def test_the_file_is_the_rendered_page_and_no_partial_file_stays(tmp_path):
+def test_the_file_is_the_rendered_page(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
     reporting.write_html(tmp_path, tmp_path / "new" / "report.html")
-    written = [path.name for path in (tmp_path / "new").iterdir()]
-    assert written == ["report.html"]
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert page == reporting.render(MODEL)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from filterpress import package, stages
+from filterpress import package, reporting, stages
 from filterpress.errors import BudgetError, ModelError, PackageError
+from filterpress.methods import Outcome
+from filterpress.methods.merge_filters import MergeConfig
 from filterpress.release import create_keys, fetch, latest
+from filterpress.stages import shrinking
 from tests import tiny
 from tests.tiny import FILES
 
@@ -213,6 +217,26 @@ def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tm
     assert 1000 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
 
 
+def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, monkeypatch):
+    def change_nothing(network, images, config, **given):
+        return Outcome(network, {"allocation": "none"}, {})
+
+    def encode(source, network, encode=package.encode):
+        encoded.append(network)
+        return encode(source, network)
+
+    encoded = []
+    monkeypatch.setattr(shrinking, "reducers", lambda: {"none": (change_nothing, MergeConfig)})
+    monkeypatch.setattr(package, "encode", encode)
+    n_bytes = report_of(made / "prune")["n_bytes"]
+    for out, limit, state in (("fits", n_bytes, "fits"), ("too-big", n_bytes - 1, "too-big")):
+        report = stages.reduce(made / "prune", tmp_path / out, max_size=str(limit), **TASK)
+        assert (report["state"], report["max_bytes"]) == (state, limit)
+        _, *of_the_result = encoded  # the first is for the least size that there is
+        assert len(of_the_result) == 1
+        encoded.clear()
+
+
 def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):
     limit = {"max_size": "900", "round": 2}
     report = stages.reduce(made / "good", tmp_path / "out", **limit, **TASK)
@@ -314,6 +338,23 @@ def test_giving_up_raises_the_numbers_and_leaves_the_page(made, tmp_path):
 def test_giving_up_on_what_is_good_enough_does_not_raise(made):
     report = stages.give_up(made / "good", max_size="1000", min_accuracy="0.9")
     assert report["decision"] == "publish"
+
+
+def test_the_page_tells_of_every_layer_what_became_of_it(made):
+    page = reporting.render(json.loads((made / "evaluate" / "model.json").read_text()))
+    table = page[page.index("<h2>Layers") : page.index("<h2>Stages")]
+    head, *rows = (
+        re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)
+    )
+    for title, column in zip(head, zip(*rows, strict=True), strict=True):
+        assert any(column), f"nothing is ever told in the column {title}"
+    changes = {row[0]: row[head.index("Changes")] for row in rows}
+    for told in (entry for h in tiny.history(made / "evaluate") for entry in h.get("layers", [])):
+        for fate in {"removed", "merged"} & set(told):
+            assert f"{told[fate]:.0f} filter" in changes[told["name"]]
+            assert fate in changes[told["name"]]
+        if told.get("rank"):
+            assert changes[told["name"]].endswith(f"projected to rank {told['rank']:.0f}")
 
 
 @pytest.mark.parametrize(

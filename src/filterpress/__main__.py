@@ -6,14 +6,13 @@ nothing was published, 2 anything else that went wrong; the reason is one line o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from filterpress import stages, terminal
+from filterpress import files, stages, terminal
 from filterpress.flags import Debug, Json, with_flags_of
 from filterpress.loop import compress
 
@@ -87,30 +86,9 @@ def decode(
     with terminal.polite(debug):
         from filterpress.codec.graph import to_onnx
 
-        write_new(onnx, to_onnx(file.read_bytes()))
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Write a file that does not exist yet, all at once or not at all.
-
-    Args:
-        path: File to write.
-        data: Its content.
-
-    Raises:
-        ValueError: There is such a file.
-    """
-    if path.exists():
-        raise ValueError(f"onnx must be a file that does not exist yet, got {path}")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        if onnx.exists():
+            raise ValueError(f"onnx must be a file that does not exist yet, got {onnx}")
+        files.write(onnx, to_onnx(file.read_bytes()))
 
 
 if __name__ == "__main__":

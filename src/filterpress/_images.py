@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from filterpress import files
 from filterpress.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,10 +138,11 @@ def _download(url: str, cache: Path) -> Path:
         folder = cache / "gcs" / hashlib.sha256(f"{url}\n{state}".encode()).hexdigest()[:16]
         if folder.is_dir():
             return folder
-        partial = folder.with_suffix(".partial")
+        partial = files.draft(folder)
         with ThreadPoolExecutor(_DOWNLOADS) as pool:
             list(pool.map(lambda name: _fetch(blobs[name], partial, name), blobs))
     partial.replace(folder)
+    files.sync(folder.parent)
     return folder
 
 
@@ -159,9 +161,5 @@ def _fetch(blob: Any, folder: Path, name: str) -> None:
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"the object {blob.name!r} would be written outside its folder; rename it")
     path = folder / relative
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    blob.download_to_filename(unfinished)
-    unfinished.replace(path)
+    if not path.exists():
+        files.write(path, blob.download_as_bytes())

@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filterpress import stages
+from filterpress import files, stages
 from filterpress.budget import Budget, parse_accuracy, parse_size
 from filterpress.errors import PackageError
 
@@ -172,7 +171,7 @@ def _finish(run: _Run, last: Path, decision: str) -> Report:
     receipt, _ = run.step("publish", stages.publish, last, html=page)
     report |= json.loads((receipt / "report.json").read_text())
     report |= {"release": report["store"], "package": str(last), "html": str(page)}
-    _replace(run.out / stages.ENCODED, (last / stages.ENCODED).read_bytes())
+    files.write(run.out / stages.ENCODED, (last / stages.ENCODED).read_bytes())
     _write(run.out / "report.json", report)
     return report
 
@@ -204,9 +203,7 @@ def _open(out: Path, given: Report) -> None:
             )
         log.info("continuing the run in %s", out)
         return
-    if out.exists() and (not out.is_dir() or any(p != _draft(started) for p in out.iterdir())):
-        raise PackageError(f"{out} exists already: name another folder or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    files.refuse_existing(out, but=files.draft(started))
     _write(started, given)
 
 
@@ -219,17 +216,4 @@ def _undo(out: Path) -> None:
 
 
 def _write(path: Path, value: Report) -> None:
-    _replace(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file all at once."""
-    with _draft(path).open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _draft(path).replace(path)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+    files.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from filterpress import codec, package
 from filterpress.codec.graph import to_onnx
 from filterpress.progress import progress
+from filterpress.representations import Projected
 from filterpress.tasks import Predict, Task
 from filterpress.training import best_device, predictor
 
 if TYPE_CHECKING:
-    pass
+    from numpy.typing import NDArray
 
 Json = dict[str, Any]
 
@@ -97,20 +98,42 @@ def preprocessing(task: Task) -> Json:
     return found
 
 
-def layer_rows(encoded: bytes) -> list[Json]:
-    """List the weights in an encoded file, with their shapes and estimated bytes."""
-    rows = []
-    for name, tensor in codec.decode(encoded).tensors.items():
-        if tensor.integers.ndim < 2:
-            continue
-        bits = codec.estimate_bits(tensor.integers)
-        rows.append(
-            {
-                "name": name.removesuffix(".weight"),
-                "shape": list(tensor.integers.shape),
-                "n_bytes": round(bits / 8),
-                "baseline_bytes": 4 * tensor.integers.size,
-                "bits_per_weight": round(bits / max(1, tensor.integers.size), 3),
-            }
-        )
-    return rows
+def layer_rows(encoded: bytes, network: nn.Module) -> list[Json]:
+    """List the weights in an encoded file by layer, in the order of the network.
+
+    Args:
+        encoded: The file.
+        network: The network that it holds.
+
+    Returns:
+        For each layer its ``name``, the ``shape`` of its weight, about how many ``n_bytes`` it has
+        in the file, and ``bits_per_weight``. The two halves of a projected layer are one row, with
+        the shape from before the projection, its ``rank`` and its ``groups``.
+    """
+    modules = dict(network.named_modules())
+    place = {f"{name}.weight": number for number, name in enumerate(modules)}
+    stored = codec.decode(encoded).tensors
+    weights: dict[str, list[NDArray[np.int32]]] = {}
+    for tensor in sorted(stored, key=lambda name: place.get(name, len(place))):
+        name = tensor.removesuffix(".weight")
+        owner = name.rpartition(".")[0]
+        layer = owner if isinstance(modules.get(owner), Projected) else name
+        if stored[tensor].integers.ndim > 1:
+            weights.setdefault(layer, []).append(stored[tensor].integers)
+    return [_layer_row(layer, *parts) for layer, parts in weights.items()]
+
+
+def _layer_row(name: str, first: NDArray[np.int32], *second: NDArray[np.int32]) -> Json:
+    bits = sum(codec.estimate_bits(part) for part in (first, *second))
+    n_weights = sum(part.size for part in (first, *second))
+    row = {
+        "name": name,
+        "shape": list(first.shape),
+        "n_bytes": round(bits / 8),
+        "bits_per_weight": round(bits / max(1, n_weights), 3),
+    }
+    for rest in second:
+        n_out, rank, *kernel = rest.shape
+        row["shape"] = [n_out, first.shape[1], *kernel]
+        row |= {"rank": rank, "groups": len(first) // rank}
+    return row

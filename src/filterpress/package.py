@@ -14,11 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -75,41 +70,8 @@ class Package:
         return replace(self, network=network, history=(*self.history, report))
 
 
-@contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """Give a fresh directory that becomes ``out`` when the block ends well, all at once.
-
-    Args:
-        out: Where the directory shall be; may exist if it is empty.
-
-    Raises:
-        PackageError: There is something already.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackageError(f"{out} exists already: name another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield draft
-        for path in draft.rglob("*"):
-            _sync(path)
-        draft.chmod(0o755)
-        draft.replace(out)
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save(package: Package, out: Path) -> None:
-    """Write a package into a directory that exists; see `writing`.
+    """Write a package into a directory that exists; see `files.new_directory`.
 
     Args:
         package: What to write.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from filterpress import chart
+from filterpress import chart, files
 from filterpress.errors import PackageError
 
 Report = Mapping[str, Any]
@@ -25,7 +25,8 @@ Report = Mapping[str, Any]
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
 _SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", *_COLUMNS}
 _NUMERIC = {"#", "Bytes", "Ratio", "Validation", "Test", "Parameters", "Multiply-adds"}
-_NUMERIC |= {"Bits a weight", "Distortion"}
+_NUMERIC |= {"Bits a weight"}
+_FATES = ("removed", "merged")  # of filters
 _RIGHT = ' class="n"'
 _OUTCOMES = {
     "publish": "Both thresholds hold",
@@ -53,13 +54,7 @@ def write_html(package: Path, out: Path) -> None:
         raise PackageError(f"{source} cannot be read: {error}") from error
     if not isinstance(model, dict):
         raise PackageError(f"{source} must hold a JSON object, got {type(model).__name__}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(render(model))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)
+    files.write(out, render(model).encode())
 
 
 def render(model: Report) -> str:
@@ -303,30 +298,59 @@ def _more(entry: Report) -> str:
 
 
 def _layers_section(history: Sequence[Report]) -> str:
-    with_layers = [entry for entry in history if _list(entry.get("layers"))]
-    if not with_layers:
+    """Tabulate the layers as they were last measured, with what was done to each until then."""
+    measured = [
+        number
+        for number, entry in enumerate(history)
+        if any(_number(layer, "n_bytes") is not None for layer in _layers(entry))
+    ]
+    if not measured:
         return ""
-    layers = [layer for layer in with_layers[-1]["layers"] if isinstance(layer, Mapping)]
-    largest = max((_number(layer, "n_bytes") or 0 for layer in layers), default=0)
-    rows = "".join(_layer_row(layer, largest) for layer in layers)
-    head = _head("Layer", "Bytes", "", "Ratio", "Bits a weight", "Distortion", "Action", "Shape")
+    layers = _layers(history[measured[-1]])
+    cut = _filters_cut(history[: measured[-1]])
+    largest = max(_number(layer, "n_bytes") or 0 for layer in layers)
+    rows = "".join(_layer_row(layer, largest, _changes(layer, cut)) for layer in layers)
+    head = _head("Layer", "Bytes", "", "Bits a weight", "Changes", "Shape")
     return _section("Layers", _table(head, rows))
 
 
-def _layer_row(layer: Report, largest: float) -> str:
-    n_bytes, ratio = _number(layer, "n_bytes"), _ratio(layer)
-    bits, distortion = _number(layer, "bits_per_weight"), _number(layer, "distortion")
+def _layers(entry: Report) -> list[Report]:
+    return [layer for layer in _list(entry.get("layers")) if isinstance(layer, Mapping)]
+
+
+def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
+    """Count the filters that each layer lost, by its name and by what became of them."""
+    cut: Counter[tuple[str, str]] = Counter()
+    for entry in history:
+        for layer in _layers(entry):
+            for fate in _FATES:
+                cut[_text(layer.get("name")), fate] += round(_number(layer, fate) or 0)
+    return cut
+
+
+def _changes(layer: Report, cut: Mapping[tuple[str, str], int]) -> str:
+    name = _text(layer.get("name"))
+    changes = [
+        f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
+        for fate in _FATES
+        if (lost := cut[name, fate]) > 0
+    ]
+    rank, groups = _size(layer, "rank"), _size(layer, "groups")
+    if rank is not None:
+        parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
+        changes.append(f"projected to rank {rank:.0f}{parts}")
+    return ", ".join(changes)
+
+
+def _layer_row(layer: Report, largest: float, changes: str) -> str:
+    n_bytes, bits = _number(layer, "n_bytes"), _number(layer, "bits_per_weight")
     share = 100 * (n_bytes or 0) / largest if largest > 0 else 0
     shape = " x ".join(map(str, _list(layer.get("shape"))))
-    numbers = (
-        "" if ratio is None else f"{ratio:,.1f}x",
-        "" if bits is None else f"{bits:.2f}",
-        "" if distortion is None else f"{distortion:.2g}",
-    )
     return (
         f'<tr><th scope="row">{escape(_text(layer.get("name")))}</th>{_cells([_count(n_bytes)])}'
-        f'<td class="bar"><i style="width:{max(0.0, share):.1f}%"></i></td>{_cells(numbers)}'
-        f"<td>{escape(_text(layer.get('action')))}</td><td>{escape(shape)}</td></tr>"
+        f'<td class="bar"><i style="width:{max(0.0, share):.1f}%"></i></td>'
+        f"{_cells(['' if bits is None else f'{bits:.2f}'])}"
+        f"<td>{escape(changes)}</td><td>{escape(shape)}</td></tr>"
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from filterpress import settings
 from filterpress.errors import ModelError
 from filterpress.methods import Outcome
-from filterpress.package import Package, encode, load, save, writing
+from filterpress.package import Package, encode, load, save
 from filterpress.representations import is_quantized
 from filterpress.stages.tables import clusterers, pruners, reducers
 from filterpress.statistics import recalibrate_
@@ -131,9 +131,8 @@ def test_something_was_gained_and_reported(stage, method, name):
 @every_network
 def test_a_package_of_the_result_comes_back_bit_by_bit(stage, method, name, tmp_path):
     network = outcome(stage, method, name).model
-    with writing(tmp_path / "package") as draft:
-        save(package_of(name, network), draft)
-    back = load(tmp_path / "package").network
+    save(package_of(name, network), tmp_path)
+    back = load(tmp_path).network
     images = networks.images(3, 9)
     with torch.no_grad():
         assert back(images).equal(network(images))

@@ -186,7 +186,7 @@ for pages in range(12):
         assert "No space left on device" in str(error), error
         assert latest(store, root=root) == before
         assert fetch(store, "old", root=root) == b"old"
-        assert not (disk / "store" / ".incoming").exists()
+        assert not list(disk.rglob("*.partial"))
     filler.unlink()
     publish_file(name, bytes(5000))
     assert fetch(store, name, root=root) == bytes(5000)

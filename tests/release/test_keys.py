@@ -54,7 +54,7 @@ def test_any_securesystemslib_signer_reads_a_key_by_its_uri(keys, root):
 
 def test_keys_are_never_overwritten(copied):
     before = (copied / "root.json").read_bytes()
-    with pytest.raises(ReleaseError, match="is not empty: keys are never overwritten"):
+    with pytest.raises(ReleaseError, match="exists already: keys are never overwritten"):
         create_keys(copied)
     assert (copied / "root.json").read_bytes() == before
     assert [path.name for path in copied.parent.iterdir()] == ["keys"]

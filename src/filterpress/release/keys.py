@@ -8,10 +8,7 @@ it, and it is best kept elsewhere.
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,8 +21,8 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization.json import JSONSerializer
 
-from filterpress.errors import ReleaseError
-from filterpress.release.store import make_directory, sync_directory, write_durably
+from filterpress import files
+from filterpress.errors import PackageError, ReleaseError
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +56,10 @@ def create_keys(folder: Path) -> None:
             securesystemslib also reads by ``file2:<path>``.
 
     Raises:
-        ReleaseError: The folder is not empty, or cannot be written.
+        ReleaseError: There is something already, or the folder cannot be written.
     """
     if not _create(folder, development=False):
-        raise ReleaseError(f"{folder} is not empty: keys are never overwritten")
+        raise ReleaseError(f"{folder} exists already: keys are never overwritten")
 
 
 def load_keys(folder: Path, *, development: bool) -> Keys:
@@ -95,22 +92,15 @@ def load_keys(folder: Path, *, development: bool) -> Keys:
 
 
 def _create(folder: Path, *, development: bool) -> bool:
-    """Make the whole folder or nothing; False if there is something in it already."""
+    """Make the whole folder or nothing; False if there is something already."""
     try:
-        make_directory(folder.parent)
-        # Private from its first moment, and beside the folder, so that one rename finishes it.
-        growing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with files.new_directory(folder, mode=0o700) as growing:
             for name, data in _new_files(development).items():
-                write_durably(growing / name, data, mode=0o600)
-            sync_directory(growing)
-            growing.rename(folder)
-        finally:
-            shutil.rmtree(growing, ignore_errors=True)
-        sync_directory(folder.parent)
+                (growing / name).touch(mode=0o600)  # private from its first moment
+                (growing / name).write_bytes(data)
+    except PackageError:
+        return False
     except OSError as error:
-        if folder.is_dir() and error.errno in {errno.EEXIST, errno.ENOTEMPTY}:
-            return False
         raise ReleaseError(f"cannot write keys to {folder}: {error.strerror}") from error
     return True
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from filterpress import files
 from filterpress.errors import ReleaseError
 
 _BUCKET = re.compile(r"gs://([^/]+)(.*)")
 _LOCK = ".lock"
-_INCOMING = ".incoming"
 
 
 class ConflictError(ReleaseError):
@@ -105,8 +104,7 @@ def open_store(uri: str) -> Store:
 class DirectoryStore:
     """A store in a directory, on a file system with locks and atomic rename.
 
-    Writers take turns. The one whose turn it is writes to one file beside the others, and renames
-    it when it has reached the disk; what a killed writer leaves there, the next one overwrites.
+    Writers take turns. What a killed one leaves is a hidden file that no reader asks for.
 
     Attributes:
         path: The directory.
@@ -127,7 +125,7 @@ class DirectoryStore:
                 return
             if (found[1] if found else 0) != generation:
                 raise ConflictError(f"{self.path / name} was written by someone else")
-            self._write(self.path / name, data)
+            files.write(self.path / name, data)
 
     def read(self, name: str) -> tuple[bytes, int] | None:
         """Read a name; see `Store`. The generation is a digest, so it needs no place of its own."""
@@ -143,71 +141,10 @@ class DirectoryStore:
     @contextmanager
     def _turn_to_write(self, name: str) -> Iterator[None]:
         try:
-            make_directory(self.path)
+            files.make_directory(self.path)
             with (self.path / _LOCK).open("wb") as lock:
                 # The kernel gives the lock back when a writer dies.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
         except OSError as error:
             raise ReleaseError(f"cannot write {self.path / name}: {error.strerror}") from error
-
-    def _write(self, path: Path, data: bytes) -> None:
-        incoming = self.path / _INCOMING
-        make_directory(path.parent)
-        try:
-            write_durably(incoming, data)
-            incoming.replace(path)
-        except OSError:
-            incoming.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory and its parents, so that they outlive a power cut.
-
-    Args:
-        path: The directory; may exist.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-    if path.is_dir():
-        return
-    make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_directory(path.parent)
-
-
-def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a file and wait until the disk has it.
-
-    Args:
-        path: The file; what it held is lost.
-        data: All it will hold.
-        mode: Permissions of a file that is new, before the process's mask.
-
-    Raises:
-        OSError: It cannot be written, or not wholly.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the disk knows the names in a directory.
-
-    Args:
-        path: The directory.
-
-    Raises:
-        OSError: It cannot be opened or synchronised.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from filterpress import files
 from filterpress.budget import decide
 from filterpress.stages.handover import (
     ENCODED,
@@ -16,7 +17,6 @@ from filterpress.stages.handover import (
     evaluated_report,
     max_bytes_of,
     pass_on,
-    refuse_existing,
     require,
     settled,
     task_of,
@@ -88,7 +88,7 @@ def evaluate(
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy, max_rounds, max_retrains)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     encoded = package.encode(source, source.network)
     measured = measurement.measure(encoded, its_task)
     n_parameters, macs = package.count(source.network, source.input_shape)
@@ -109,9 +109,9 @@ def evaluate(
         "round": round,
         "retrains": sum(h["stage"] == "retrain" for h in source.history),
         "sha256": hashlib.sha256(encoded).hexdigest(),
-        "layers": measurement.layer_rows(encoded),
+        "layers": measurement.layer_rows(encoded, source.network),
     }
-    with package.writing(out) as draft:
+    with files.new_directory(out) as draft:
         package.save(source.after(source.network, report), draft)
         (draft / ENCODED).write_bytes(encoded)
     return report
@@ -163,11 +163,11 @@ def publish(
     encoded = encoded_file(model)
     evaluated = evaluated_report(source, encoded)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     measured = measurement.measure(encoded, its_task)
     require(budget, measured["n_bytes"], measured["validation_accuracy"])
     digest = evaluated["sha256"]
-    with package.writing(out) as draft, tempfile.TemporaryDirectory() as fresh:
+    with files.new_directory(out) as draft, tempfile.TemporaryDirectory() as fresh:
         issued = release.publish(
             encoded,
             target=f"models/{name}/{digest[:16]}/{ENCODED}",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filterpress import files
 from filterpress.budget import Budget, parse_accuracy, parse_size
 from filterpress.errors import BudgetError, ModelError, PackageError
 
@@ -32,13 +33,18 @@ def pass_on(model: Path, out: Path) -> Report:
     from filterpress import package
 
     description = package.read_description(model)
-    with package.writing(out) as draft:
+    with files.new_directory(out) as draft:
         shutil.copytree(model, draft, dirs_exist_ok=True)
     return description["history"][-1] | {"passed_on": True}  # type: ignore[no-any-return]
 
 
 def hand_on(
-    out: Path, source: Package, network: nn.Module, report: Report, layers: dict[str, Any]
+    out: Path,
+    source: Package,
+    network: nn.Module,
+    report: Report,
+    layers: dict[str, Any],
+    max_bytes: int | None = None,
 ) -> Report:
     """Write the package of a stage that changed the network, and complete its report.
 
@@ -48,6 +54,7 @@ def hand_on(
         network: What it made of it.
         report: What is particular to the stage.
         layers: What it did to each layer it changed.
+        max_bytes: Largest encoded file; with it the report has a ``state``, fits or too-big.
 
     Returns:
         The report with the numbers every stage gives; those that only an evaluation knows are None.
@@ -72,8 +79,11 @@ def hand_on(
         **report,
         "layers": [{"name": name, **change} for name, change in layers.items()],
     }
+    if max_bytes is not None:
+        state = "fits" if len(encoded) <= max_bytes else "too-big"
+        whole |= {"max_bytes": max_bytes, "state": state}
     if is_main():
-        with package.writing(out) as draft:
+        with files.new_directory(out) as draft:
             package.save(source.after(network, whole), draft)
     return whole
 
@@ -147,9 +157,3 @@ def task_of(source: Package, data: str, data_dir: str, image_size: int, task: st
             f"{wanted}, got {got}"
         )
     return its_task
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse before the work what `package.writing` would refuse after it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackageError(f"{out} exists already: name another folder or remove it")

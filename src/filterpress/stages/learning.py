@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from filterpress import files
 from filterpress.stages.handover import (
     Report,
     budget_of,
@@ -11,7 +12,6 @@ from filterpress.stages.handover import (
     evaluated_report,
     hand_on,
     pass_on,
-    refuse_existing,
     settled,
     task_of,
 )
@@ -54,7 +54,7 @@ def train(
     fields = settings.parse(config)
     fit_config = settings.configure(FitConfig, fields)
     its_task = load_task(data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     network = models.build(model, its_task.input_shape, its_task.n_classes, seed=seed)
     if weights:
         models.load_weights(network, weights)
@@ -82,7 +82,7 @@ def train(
         history=(report,),
     )
     if is_main():
-        with package.writing(out) as draft:
+        with files.new_directory(out) as draft:
             package.save(trained, draft)
     return report
 
@@ -132,7 +132,7 @@ def retrain(
     source, teacher = package.load(model), package.load(trained)
     budget = budget_of(source, max_size, min_accuracy)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     attempt = sum(h["stage"] == "retrain" for h in source.history)
     evaluated = evaluated_report(source, encoded_file(model))
     steps = its_config.epochs * steps_per_epoch(its_task, its_config.batch_size)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filterpress import files
 from filterpress.stages.handover import (
     Report,
     hand_on,
     max_bytes_of,
     pass_on,
-    refuse_existing,
     settled,
     task_of,
 )
@@ -55,7 +55,7 @@ def prune(
     method, its_config = settings.choose(pruners(), config)
     source = package.load(model)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     images = _calibration(its_task, its_config.images, seed)
     outcome = method(source.network, images, its_config, seed=seed)
     return hand_on(out, source, outcome.model, {"stage": "prune", **outcome.notes}, outcome.layers)
@@ -99,7 +99,7 @@ def cluster(
     source = package.load(model)
     max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     images = _calibration(its_task, its_config.images, seed)
     outcome = method(source.network, images, its_config, max_bytes=max_bytes, seed=seed)
     return hand_on(
@@ -147,7 +147,7 @@ def reduce(
     source = package.load(model)
     max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
-    refuse_existing(out)
+    files.refuse_existing(out)
     images = _calibration(its_task, its_config.images, seed)
     failed = [
         h["allocation"] for h in source.history if h["stage"] == "reduce" and h["round"] < round
@@ -161,10 +161,8 @@ def reduce(
         avoid=frozenset(failed),
         seed=seed,
     )
-    n_bytes = len(package.encode(source, outcome.model))
-    report = {"stage": "reduce", "round": round, "max_bytes": max_bytes, **outcome.notes}
-    report["state"] = "fits" if n_bytes <= max_bytes else "too-big"
-    return hand_on(out, source, outcome.model, report, outcome.layers)
+    report = {"stage": "reduce", "round": round, **outcome.notes}
+    return hand_on(out, source, outcome.model, report, outcome.layers, max_bytes)
 
 
 def _calibration(task: Task, n_images: int, seed: int) -> Tensor:
