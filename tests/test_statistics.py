@@ -204,6 +204,47 @@ def test_recalibration_keeps_weights_and_dropout_out_of_it():
     assert all(once[key].equal(value) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["residual", "flattening", "depthwise"])
+def test_a_network_that_has_not_changed_keeps_its_own_statistics(name):
+    """Those of training, and not what a few other images happen to have."""
+    network, few = networks.make(name), networks.images(12, seed=9)
+    found = statistics.plain_for(network, few)
+    recalibrate_(found, few)
+    for key, value in network.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-4, atol=1e-4)
+    assert set(found.state_dict()) == set(network.state_dict())
+
+
+def test_what_a_change_does_to_the_statistics_is_added_to_those_of_training():
+    network, few = networks.make("residual"), networks.images(12, seed=9)
+    found = statistics.plain_for(network, few)
+    before = found.stem[1].running_mean.clone(), found.stem[1].running_var.clone()
+    with torch.no_grad():
+        found.stem[0].weight.mul_(3)
+    recalibrate_(found, few)
+    torch.testing.assert_close(found.stem[1].running_var, 9 * before[1], rtol=1e-3, atol=1e-5)
+    moved = 2 * network.stem[0](few).mean((0, 2, 3))
+    torch.testing.assert_close(found.stem[1].running_mean, before[0] + moved, rtol=1e-3, atol=1e-4)
+
+
+def test_offsets_noted_for_other_images_are_forgotten():
+    network, few = networks.make("residual"), networks.images(12, seed=9)
+    again = statistics.plain_for(statistics.plain_for(network, networks.images(40)), few)
+    once = statistics.plain_for(network, few)
+    torch.testing.assert_close(again.stem[1].offset, once.stem[1].offset)
+    torch.testing.assert_close(again.stem[1].factor, once.stem[1].factor)
+
+
+def test_a_channel_that_is_constant_has_no_infinite_factor():
+    network, few = networks.make("residual"), networks.images(12, seed=9)
+    with torch.no_grad():
+        network.stem[0].weight[2] = 0
+    found = statistics.plain_for(network, few)
+    recalibrate_(found, few)
+    assert all(torch.isfinite(value).all() for value in found.state_dict().values())
+
+
 def test_eigen_rebuilds_a_matrix_that_lacks_rank_and_nearly_vanishes():
     rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     rows[:, 20:] *= 1e-22

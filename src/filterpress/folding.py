@@ -37,7 +37,7 @@ from filterpress.compensation import (
     solve,
 )
 from filterpress.representations import Layer, like
-from filterpress.statistics import Moments, batch_size, eigen, regular
+from filterpress.statistics import Moments, batches, eigen, recalibrate_, regular
 from filterpress.surgery import ChannelGroup, channel_groups, layers
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -55,13 +55,6 @@ class LinearChannels(NamedTuple):
     def names(self) -> tuple[str, ...]:
         """The layers that make the channels, then those that read them."""
         return tuple(m.name for m in (*self.group.producers, *self.group.consumers))
-
-
-class Spread(NamedTuple):
-    """How the channels of one producer vary, after its batch-norm."""
-
-    mean: Tensor  # (C,)
-    covariance: Tensor  # (C, C)
 
 
 def linear_channels(model: nn.Module, example: Tensor) -> list[LinearChannels]:
@@ -148,8 +141,7 @@ def _rotates(model: nn.Module, channels: LinearChannels, example: Tensor) -> boo
     names = [m.name for m in channels.group.consumers]
     weights = {name: taps_of(layers(model)[name].weight.detach()) for name in names}
     rotated = {k: torch.einsum("oct,rc->ort", w, basis) for k, w in weights.items()}
-    spread = Spread(torch.zeros(n), torch.eye(n))
-    fold_(trial, channels, basis, rotated, {m.name: spread for m in channels.group.producers})
+    fold_(trial, channels, basis, rotated, {name: torch.eye(n) for name in channels.norms})
     pairs = zip(_outputs(model, names, example), _outputs(trial, names, example), strict=True)
     return all((b - a).abs().max() <= EXACT * a.abs().max() for a, b in pairs)
 
@@ -171,40 +163,35 @@ def _outputs(model: nn.Module, names: list[str], example: Tensor) -> list[Tensor
     return [*(seen[name] for name in names), outputs]
 
 
-def spreads_of(model: nn.Module, found: list[LinearChannels], images: Tensor) -> dict[str, Spread]:
-    """Measure how the channels of all producers vary over images.
+def spreads_of(model: nn.Module, found: list[LinearChannels], images: Tensor) -> dict[str, Tensor]:
+    """Measure how the channels of each producer with a batch-norm vary together.
 
     Args:
         model: The network the channels are of.
         found: Groups of channels.
-        images: ``(N, C, H, W)`` calibration images.
+        images: ``(N, C, H, W)`` calibration images, at least 2.
 
     Returns:
-        By the name of the producer.
+        Covariance ``(C, C)`` after batch-norm, by the name of the producer; as in `recalibrate_`,
+        what all batch-norms see is normalised by its own statistics.
     """
-    totals: dict[str, tuple[Tensor, Tensor, int]] = {}
+    totals: dict[str, Tensor] = {}
+    parts = batches(images)
 
-    def watch(name: str, module: nn.Module) -> None:
+    def watch(name: str, norm: nn.Module) -> None:
         def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             rows = output.transpose(0, 1).flatten(1).double()  # (C, n)
-            first, second, n = totals.get(name, (0.0, 0.0, 0))
-            totals[name] = (first + rows.sum(dim=1), second + rows @ rows.T, n + rows.shape[1])
+            totals[name] = totals.get(name, 0.0) + torch.cov(rows) / len(parts)
 
-        stack.callback(module.register_forward_hook(after).remove)
+        norm.register_forward_hook(after)
 
-    with ExitStack() as stack, torch.no_grad():
-        for channels in found:
-            for member in channels.group.producers:
-                last = channels.norms.get(member.name, member.name)
-                watch(member.name, model.get_submodule(last))
-        if found:
-            for batch in torch.split(images, batch_size(images)):
-                model(batch)
-    spreads = {}
-    for name, (first, second, n) in totals.items():
-        mean = first / n
-        spreads[name] = Spread(mean.float(), (second / n - mean[:, None] * mean).float())
-    return spreads
+    trial = copy.deepcopy(model)
+    for channels in found:
+        for name, norm in channels.norms.items():
+            watch(name, trial.get_submodule(norm))
+    if any(channels.norms for channels in found):
+        recalibrate_(trial, images)
+    return {name: total.float() for name, total in totals.items()}
 
 
 def fold_options(
@@ -293,7 +280,7 @@ def fold_(
     channels: LinearChannels,
     basis: Tensor,
     readers: Mapping[str, Tensor],
-    spreads: Mapping[str, Spread],
+    spreads: Mapping[str, Tensor],
 ) -> None:
     """Write a group of channels in another basis.
 
@@ -302,7 +289,7 @@ def fold_(
         channels: The group.
         basis: ``(r, C)`` projection of the channels.
         readers: New weight ``(O, r, T)`` of each layer that reads them.
-        spreads: How the channels of each layer that makes them vary: it gets a batch-norm that
+        spreads: What `spreads_of` says of the producers with a batch-norm: they get one that
             changes nothing now, and that can be measured again after the weights have changed.
     """
     for member in channels.group.producers:
@@ -312,7 +299,7 @@ def fold_(
         if member.name in channels.norms:
             place = channels.norms[member.name]
             norm = model.get_submodule(place)
-            model.set_submodule(place, _neutral(norm, basis, basis @ bias, spreads[member.name]))
+            model.set_submodule(place, _neutral(norm, basis, bias, spreads[member.name]))
             bias = torch.zeros_like(bias)
         _fill(made, (basis @ weight.flatten(1)), basis @ bias)
         model.set_submodule(member.name, made)
@@ -331,14 +318,14 @@ def _fill(layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
     layer.eval()
 
 
-def _neutral(norm: nn.Module, basis: Tensor, offset: Tensor, spread: Spread) -> nn.Module:
-    """Make a batch-norm that adds an offset to channels which, then, vary as they should."""
+def _neutral(norm: Any, basis: Tensor, bias: Tensor, spread: Tensor) -> nn.Module:
+    """Make a batch-norm that only adds a bias, to channels that then vary as they should."""
     made: Any = type(norm)(len(basis), norm.eps, norm.momentum).eval()
-    mean = basis @ spread.mean
-    variance = ((basis @ spread.covariance) * basis).sum(dim=1).clamp(min=0)
+    mean = basis @ norm.bias.detach() if norm.affine else torch.zeros(len(basis))
+    variance = ((basis @ spread) * basis).sum(dim=1).clamp(min=0)
     with torch.no_grad():
         made.weight.copy_((variance + made.eps).sqrt())
         made.bias.copy_(mean)
-        made.running_mean.copy_(mean - offset)
+        made.running_mean.copy_(mean - basis @ bias)
         made.running_var.copy_(variance)
     return made  # type: ignore[no-any-return]

@@ -17,9 +17,10 @@ Reference:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +96,13 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Moments] = {}
     rows = max(1, -(-MAX_ROWS // len(images)))
-    batches = torch.split(images, batch_size(images))
+    parts = batches(images)
     with (
         _listening(model, totals, rows, generator),
         torch.enable_grad(),
-        progress("calibrate", len(batches)) as advance,
+        progress("calibrate", len(parts)) as advance,
     ):
-        for batch in batches:
+        for batch in parts:
             outputs = model(batch.clone().requires_grad_())
             outputs.backward(_direction(outputs.detach(), generator))
             advance()
@@ -116,16 +117,23 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
 
 
 def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
-    """Copy a network in plain form, its batch-norm measured again if its weights are others.
+    """Copy a network in plain form, ready for methods to change it.
 
     A quantised network normalises what its rounded weights make; in plain form it computes with
-    the weights it learns with, and these can be far away.
+    the weights it learns with, and these can be far away, so its batch-norm is measured again.
 
     Args:
         model: Any network.
         images: ``(N, C, H, W)`` calibration images, at least 2.
+
+    Returns:
+        The copy, whose batch-norm remembers for `recalibrate_` how it differed from these images'.
     """
-    result = plain(model)
+    noted = copy.deepcopy(model)
+    for norm in _norms(noted):
+        _forget_(norm)
+    note_offsets_(noted, images)
+    result = plain(noted)
     if any(is_quantized(module) for module in model.modules()):
         recalibrate_(result, images)
     return result
@@ -134,6 +142,11 @@ def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
 def batch_size(images: Tensor) -> int:
     """Return how many images ``(N, C, H, W)`` pass at a time."""
     return max(2, min(512, BATCH_PIXELS // (images.shape[-1] * images.shape[-2])))
+
+
+def batches(images: Tensor) -> tuple[Tensor, ...]:
+    """Split images ``(N, C, H, W)`` into equal batches, or nearly so."""
+    return images.tensor_split(-(-len(images) // batch_size(images)))
 
 
 def _direction(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,22 +235,61 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def note_offsets_(model: nn.Module, images: Tensor) -> None:
+    """Let batch-norm remember how its statistics differ from those of some images.
+
+    It was trained on more images than these, and on augmented ones. What a later `recalibrate_`
+    measures on the same images is corrected by the difference: a network that has hardly changed
+    keeps its statistics, instead of taking over the noise of a small sample.
+
+    Args:
+        model: Network, changed in place; its state stays, and so do offsets noted before.
+        images: ``(N, C, H, W)`` calibration images, at least 2.
+    """
+    measured = copy.deepcopy(model)
+    for norm in _norms(measured):
+        _forget_(norm)
+    recalibrate_(measured, images)
+    for norm, other in zip(_norms(model), _norms(measured), strict=True):
+        if "offset" in norm._buffers:
+            continue
+        mean, variance = other.running_mean, other.running_var
+        factor = torch.where(variance > 0, norm.running_var / variance, 1)
+        norm.register_buffer("offset", norm.running_mean - mean, persistent=False)
+        norm.register_buffer("factor", factor, persistent=False)
+
+
 def recalibrate_(model: nn.Module, images: Tensor) -> None:
     """Measure the means and variances of batch-norm again, after the weights before it changed.
 
     Args:
         model: Network, changed in place and left in evaluation mode.
-        images: ``(N, C, H, W)`` calibration images, at least 2.
+        images: ``(N, C, H, W)`` calibration images, at least 2; those of `note_offsets_`, if that
+            was called before.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = _norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean of all batches
         norm.train()
     with torch.no_grad():
-        for batch in images.tensor_split(-(-len(images) // batch_size(images))):
+        for batch in batches(images):
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        if "offset" in norm._buffers:
+            norm.running_mean += norm.offset
+            norm.running_var *= norm.factor
     model.eval()
+
+
+def _forget_(norm: Any) -> None:
+    norm._buffers.pop("offset", None)
+    norm._buffers.pop("factor", None)
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    """List the batch-norms of a network that keep statistics."""
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d
+    return [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]

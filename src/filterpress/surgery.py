@@ -255,8 +255,9 @@ def _cut_(module: nn.Module, side: Side, gone: Tensor) -> None:
     n = int(keep.sum())
     if isinstance(module, _NORMS):
         module.num_features = n
-        for key in ("running_mean", "running_var"):
-            setattr(module, key, getattr(module, key)[keep])
+        for key, buffer in module.named_buffers():
+            if buffer.ndim:  # not the count of batches
+                setattr(module, key, buffer[keep])
     elif isinstance(module, nn.Linear):
         setattr(module, "in_features" if side == "in" else "out_features", n)
     elif isinstance(module, nn.Conv2d):

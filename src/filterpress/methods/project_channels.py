@@ -46,7 +46,6 @@ from filterpress.compensation import refit_projected
 from filterpress.errors import ModelError
 from filterpress.folding import (
     LinearChannels,
-    Spread,
     fold_,
     fold_options,
     linear_channels,
@@ -69,9 +68,10 @@ class Source(NamedTuple):
     """A plain network, and what is known of it."""
 
     network: nn.Module
+    images: Tensor
     moments: Mapping[str, Moments]
     linear: list[LinearChannels]
-    spreads: Mapping[str, Spread]
+    spreads: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def project_channels(
     network = statistics.plain_for(model, images)
     moments = statistics.measure(network, images, seed=seed)
     linear = linear_channels(network, images[:2])
-    source = Source(network, moments, linear, spreads_of(network, linear, images))
+    source = Source(network, images, moments, linear, spreads_of(network, linear, images))
     rates = _rates(source, config, seed)
     if config.max_shrink:
         max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
@@ -150,7 +150,6 @@ def project_channels(
             break  # the budget does not bind: nothing else will come
         tried = allocation.theta
         result = apply(source, allocation)
-        statistics.recalibrate_(result, images)
         real = size(result)
         log.info("theta %.3g: %d bytes of %d", allocation.theta, real, max_bytes)
         best = _better(best, (real, result, allocation), aim)
@@ -225,32 +224,38 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
 
 
 def apply(source: Source, allocation: Allocation) -> nn.Module:
-    """Give every layer the form that was chosen for it."""
+    """Give every layer the form that was chosen for it, and measure batch-norm again."""
     result = plain(source.network)
+    steps: dict[str, Tensor] = {}
     for channels in source.linear:
         if allocation.chosen[channels.names[0]].folded:
-            fold(result, channels, source, allocation)
+            steps |= fold(result, channels, source, allocation)
+    statistics.note_offsets_(result, source.images)  # of batch-norm that is new
     for name, option in allocation.chosen.items():
-        moments = source.moments[name]
-        if option.subspaces is None:
-            layer = layers(result)[name]
+        layer, moments = layers(result)[name], source.moments[name]
+        if option.folded:
+            quantize_(layer, steps[name])
+        elif option.subspaces is None:
             quantize_(layer, steps_of(layer.weight.detach(), moments, allocation.theta))
-        elif not option.folded:
-            layer = layers(result)[name]
+        else:
             result.set_submodule(name, project(layer, option, moments, allocation.theta))
-    return result.eval()
+    statistics.recalibrate_(result, source.images)
+    return result
 
 
 def fold(
     network: nn.Module, channels: LinearChannels, source: Source, allocation: Allocation
-) -> None:
-    """Project the channels between layers without a nonlinearity, and quantise these layers.
+) -> dict[str, Tensor]:
+    """Project the channels between layers without a nonlinearity.
 
     Args:
         network: Copy of the source's network, changed in place.
         channels: The channels to project.
         source: The network the statistics are of.
         allocation: What was chosen.
+
+    Returns:
+        The steps ``(O,)`` at which to quantise each of these layers.
     """
     rank, subspaces = allocation.chosen[channels.names[0]][:2]
     if subspaces is None:
@@ -259,14 +264,13 @@ def fold(
     readers, steps = {}, {}
     for member in channels.group.producers:
         power = source.moments[member.name].inputs[0].diagonal().mean()
-        steps[member.name] = unit_steps(energies, power.expand(rank))
+        steps[member.name] = unit_steps(energies, power.expand(rank)) * math.sqrt(allocation.theta)
     for member in channels.group.consumers:
-        name, weight = member.name, layers(source.network)[member.name].weight.detach()
-        readers[name], power = refit_projected(weight, basis, source.moments[name], 1)
-        steps[name] = unit_steps(source.moments[name].gain, power)
+        weight, moments = layers(source.network)[member.name].weight, source.moments[member.name]
+        readers[member.name], power = refit_projected(weight.detach(), basis, moments, 1)
+        steps[member.name] = unit_steps(moments.gain, power) * math.sqrt(allocation.theta)
     fold_(network, channels, basis, readers, source.spreads)
-    for name, step in steps.items():
-        quantize_(layers(network)[name], step * math.sqrt(allocation.theta))
+    return steps
 
 
 def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Projected:
