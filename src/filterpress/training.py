@@ -49,7 +49,7 @@ class FitConfig:
         epochs: Passes over the training set.
         lr: Highest learning rate. It rises linearly, then falls to zero along a cosine.
         warmup: Share of the steps in which it rises, in [0, 1).
-        batch_size: Images in a step, of all processes together.
+        batch_size: Images in a step, of all processes together; at least two for each of them.
         optimizer: ``sgd``, with Nesterov momentum, or ``adamw``.
         momentum: Momentum of ``sgd``, in [0, 1).
         weight_decay: Weight decay of parameters with two or more dimensions; biases, scales and
@@ -73,9 +73,9 @@ class FitConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("epochs", 1), ("batch_size", 2)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -139,13 +139,20 @@ def fit(
     Raises:
         ModelError: Nothing in the network can be trained, or the loss became NaN or infinite.
         DataError: There are fewer than two training images for each process.
+        ValueError: There are fewer than two images of a batch for each process.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("the network has no parameter that can be trained")
     device = best_device()
     _join_processes(device)
-    if (n := task.size("train")) < 2 * _world():
-        raise DataError(f"training needs at least {2 * _world()} images, got {n}")
+    least = 2 * _world()
+    if (n := task.size("train")) < least:
+        raise DataError(f"training needs at least {least} images, got {n}")
+    if config.batch_size < least:
+        raise ValueError(
+            f"batch_size must be at least {least}, two for each of {_world()} processes, "
+            f"got {config.batch_size}"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seed + _rank())
