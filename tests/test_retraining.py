@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from filterpress.package import Package, encode
-from filterpress.representations import is_quantized, quantize_, step_of
-from filterpress.retraining import RetrainConfig, coarsen_, retrain_quantized
+from filterpress.representations import is_quantized, latent_weight, quantize_, step_of
+from filterpress.retraining import (
+    RetrainConfig,
+    coarsen_,
+    constant_channels_held,
+    retrain_quantized,
+)
+from filterpress.statistics import recalibrate_
 from filterpress.surgery import layers
+from filterpress.training import fit
 from tests import networks
 
 CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.01, precision="float32")
@@ -136,6 +143,63 @@ def test_a_file_that_grew_is_made_to_fit_again(network, teacher, task):
 def test_the_same_seed_gives_the_same_network(network, teacher, task):
     first, second = (retrain(network, teacher, task, floor=0.0)[0].state_dict() for _ in range(2))
     assert all(first[key].equal(second[key]) for key in first)
+
+
+def zero_filters_(network, name, n=3):
+    """Give the first filters of a layer steps so coarse that nothing is left of them."""
+    layer = network.get_submodule(name)
+    step_of(layer)[:n] = 2.1 * latent_weight(layer)[:n].flatten(1).abs().amax(1)
+    recalibrate_(network, networks.images(64))
+    assert not layer.weight[:n].any()
+
+
+def gradients(network, teacher, name):
+    images = networks.images(64)
+    F.cross_entropy(network.train()(images), teacher(images).argmax(1)).backward()
+    return network.get_submodule(name).parametrizations.weight.original.grad.clone()
+
+
+@pytest.mark.parametrize("name", ["stem.0", "blocks.1.first.0", "blocks.1.second.0"])
+def test_batch_norm_passes_no_gradient_to_filters_of_zeros(name, network, teacher):
+    zero_filters_(network, name)
+    free = gradients(copy.deepcopy(network), teacher, name)
+    norms = free.flatten(1).norm(dim=1)
+    assert norms[:3].max() > 100 * norms[3:].max()
+    with constant_channels_held(network):
+        held = gradients(network, teacher, name)
+    assert not held[:3].any()
+    assert held[3:].any()
+    assert held[3:].equal(free[3:])
+    network.zero_grad()
+    assert gradients(network, teacher, name).equal(free)
+
+
+def test_filters_of_zeros_do_not_cost_a_retrain_its_result(network, teacher, task):
+    name = "blocks.1.second.0"
+    zero_filters_(network, name, n=10)
+    reached = task.score(network.eval(), "validation")
+    limit = round(1.05 * size(network))
+    result, report = retrain(network, teacher, task, reached=reached, max_bytes=limit)
+    assert (report["improved"], report["coarsened"]) == (True, 0)
+    assert report["trained_validation_accuracy"] > reached + 0.1
+    before, after = (latent_weight(n.get_submodule(name)) for n in (network, result))
+    torch.testing.assert_close(after[:10], before[:10], rtol=1e-3, atol=0)
+    assert not after[10:].equal(before[10:])
+
+
+def test_filters_of_zeros_go_on_learning_where_no_batch_norm_follows(network, teacher, task):
+    zero_filters_(network, "classifier")
+    result, _ = retrain(network, teacher, task)
+    moved = (latent_weight(result.classifier) - latent_weight(network.classifier))[:3]
+    assert (moved.abs().amax(1) > 0.01 * step_of(network.classifier)[:3]).all()
+    assert result.classifier.weight[:3].any()
+
+
+def test_a_network_without_filters_of_zeros_trains_as_ever(network, teacher, task):
+    result, _ = retrain(network, teacher, task)
+    fit(network, task, CONFIG, seed=0, teacher=teacher)
+    expected = network.state_dict()
+    assert all(expected[key].equal(value) for key, value in result.state_dict().items())
 
 
 def test_coarser_steps_make_a_smaller_file(network):

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from filterpress import package, reporting, stages
-from filterpress.errors import BudgetError, ModelError, PackageError
+from filterpress.__main__ import app
+from filterpress.errors import BudgetError, DataError, ModelError, PackageError
 from filterpress.methods import Outcome
 from filterpress.methods.merge_filters import MergeConfig
 from filterpress.release import create_keys, fetch, latest
@@ -403,3 +413,251 @@ def test_weights_of_another_network_are_refused(made, tmp_path):
             **TASK,
         )
     assert not (tmp_path / "out").exists()
+
+
+# Two processes, as torchrun starts them.
+
+DIGITS = json.dumps({"epochs": 2, "batch_size": 64, "precision": "float32"})
+
+
+class InTwo(tiny.Patterns):
+    """A task that knows in which process it is."""
+
+    def __init__(self, data, data_dir, image_size):
+        super().__init__()
+        self.other = os.environ.get("RANK") == "1"
+
+
+class SlowDownload(InTwo):
+    """Data that one process must fetch alone; the other looks late at what has been done."""
+
+    def __init__(self, data, data_dir, image_size):
+        super().__init__(data, data_dir, image_size)
+        cache = Path(data_dir)
+        if not (cache / "data").exists():
+            (cache / "busy").mkdir()
+            time.sleep(1.5)
+            (cache / "data").touch()
+        time.sleep(1.5 if self.other else 0)
+
+
+class Unreachable(InTwo):
+    """Data that rank 1 cannot read."""
+
+    def __init__(self, data, data_dir, image_size):
+        super().__init__(data, data_dir, image_size)
+        if self.other:
+            raise DataError("no data here")
+
+
+class Poisoned(InTwo):
+    """The second image of each batch to train on, one of rank 1, is no image."""
+
+    def batches(self, split, batch_size, *, generator=None, device="cpu"):
+        for images, labels in super().batches(split, batch_size, generator=generator):
+            if generator is not None:
+                images[1] = torch.nan
+            yield images, labels
+
+
+class Flattering(InTwo):
+    """Rank 1 is content with everything."""
+
+    def score(self, predict, split):
+        return 1.0 if self.other else super().score(predict, split)
+
+
+class Killed(InTwo):
+    """The process of rank 1 dies in its second epoch."""
+
+    epochs = 0
+
+    def batches(self, split, batch_size, *, generator=None, device="cpu"):
+        self.epochs += generator is not None
+        if self.other and self.epochs == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().batches(split, batch_size, generator=generator, device=device)
+
+
+def train_on(kind, *more):
+    """Write a command line that trains the tiny network."""
+    given = ("--model", "tests.tiny:network", "--task", f"tests.test_stages:{kind.__name__}")
+    return ("train", *given, *more)
+
+
+def under_torchrun(*arguments):
+    """Run a command line under torchrun, in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "filterpress", *map(str, arguments)],
+        cwd=tiny.ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def in_two(tmp_path_factory):
+    """Run a command line in two processes, each of which ends as it will.
+
+    They are forked from one that has everything imported. Returns exit code, standard output, and
+    the lines on standard error, of rank 0 and of rank 1.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_stages", "sklearn.datasets", "torch._dynamo"])
+
+    def run(*arguments):
+        said = tmp_path_factory.mktemp("said")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        given = (port, said, [str(argument) for argument in arguments])
+        started = [context.Process(target=one_of_two, args=(rank, *given)) for rank in "01"]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(60)
+            process.kill()
+            process.join()
+        codes = (process.exitcode for process in started)
+        out, err = ([(said / f"{name}-{rank}").read_text() for rank in "01"] for name in STREAMS)
+        return list(zip(codes, out, (lines.splitlines() for lines in err), strict=True))
+
+    return run
+
+
+STREAMS = {"out": 1, "err": 2}
+
+
+def one_of_two(rank, port, said, arguments):
+    """Run a command line in this process, which exists for nothing else."""
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, descriptor in STREAMS.items():
+        os.dup2(os.open(said / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY), descriptor)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    app(arguments)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Digits trained, made smaller and retrained; both trainings under torchrun."""
+    root = tmp_path_factory.mktemp("digits")
+    train = ("train", "--config", DIGITS, "--json", "--out")
+    trained = under_torchrun(*train, root / "train")
+    stages.reduce(root / "train", root / "reduce", max_size="20x")
+    small = stages.evaluate(root / "reduce", root / "evaluate", max_size="20x")
+    retrain = (
+        *("retrain", "--model", root / "evaluate", "--trained", root / "train"),
+        # a file that grows at all is made to fit again
+        *("--max-size", small["n_bytes"], "--min-accuracy", "-0pp"),
+        *("--config", DIGITS, "--json", "--out"),
+    )
+    retrained = under_torchrun(*retrain, root / "retrain")
+    return root, {"train": (train, trained), "retrain": (retrain, retrained)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "retrain"])
+def test_under_torchrun_there_is_one_package_and_one_report(stage, digits):
+    root, (_, done) = digits[0], digits[1][stage]
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == report_of(root / stage)
+    assert done.stderr.count("epoch 1 of 2") == 1
+    assert sorted(path.name for path in root.iterdir()) == [
+        "evaluate",
+        "reduce",
+        "retrain",
+        "train",
+    ]
+    assert package.load(root / stage).network(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "retrain"])
+def test_under_torchrun_the_same_command_writes_the_same_bytes(stage, digits, in_two, tmp_path):
+    root, (command, _) = digits[0], digits[1][stage]
+    main, other = in_two(*command, tmp_path / "again")
+    assert (main[0], other) == (0, (0, "", []))
+    assert contents(tmp_path / "again") == contents(root / stage)
+
+
+@pytest.mark.slow
+def test_under_torchrun_retraining_makes_the_network_better(digits):
+    root, _ = digits
+    before, after = report_of(root / "evaluate"), report_of(root / "retrain")
+    assert after["epochs"] == 2
+    assert after["trained_validation_accuracy"] > before["validation_accuracy"]
+    assert after["n_bytes"] <= before["n_bytes"]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_passes_a_package_on(in_two, made, tmp_path):
+    given = ("--model", made / "good", "--trained", made / "train", "--decision", "publish")
+    main, other = in_two("retrain", *given, "--json", "--out", tmp_path / "out")
+    assert (main[0], other) == (0, (0, "", []))
+    assert json.loads(main[1]) == report_of(made / "good") | {"passed_on": True}
+    assert contents(tmp_path / "out") == contents(made / "good")
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_late_meets_nothing_of_the_other(in_two, made, tmp_path):
+    weights = ("--data-dir", tmp_path, "--weights", made / "train" / "weights.safetensors")
+    results = in_two(*train_on(SlowDownload), *weights, "--out", tmp_path / "out")
+    assert [(code, err) for code, _, err in results] == [(0, []), (0, [])]
+    assert package.load(tmp_path / "out").history[-1]["trained"] is False
+
+
+@pytest.mark.slow
+def test_the_first_process_decides_when_to_stop(in_two, made, tmp_path):
+    given = ("--model", made / "evaluate", "--trained", made / "train", "--config", RETRAIN)
+    task = ("--task", "tests.test_stages:Flattering", "--max-size", "1000", "--min-accuracy", "0.9")
+    main, other = in_two("retrain", *given, *task, "--out", tmp_path / "out")
+    assert (main[0], other) == (0, (0, "", []))
+    report = report_of(tmp_path / "out")
+    assert report["epochs"] > 1
+    assert 0.9 < report["trained_validation_accuracy"] < 1
+
+
+REFUSED = [
+    ({"epochs": 1}, "exists already: name another folder or remove it"),
+    ({"batch_size": 3}, "batch_size must be at least 4, two for each of 2 processes, got 3"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "reason"), REFUSED, ids=["out", "batch_size"])
+def test_both_processes_refuse_with_the_same_line(config, reason, in_two, made, tmp_path):
+    out = tmp_path / "new" if "batch_size" in config else made / "train"
+    before = contents(made / "train")
+    main, other = in_two(*train_on(InTwo), "--config", json.dumps(config), "--out", out)
+    (line,) = main[2]
+    assert line.startswith("error: ")
+    assert line.endswith(reason)
+    assert main == other == (2, "", [line])
+    assert contents(made / "train") == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_both_processes_report_a_loss_that_explodes_in_one(in_two, tmp_path):
+    line = "error: the loss became nan while training; lower lr"
+    results = in_two(*train_on(Poisoned, "--config", tiny.TRAINED, "--out", tmp_path / "out"))
+    assert results == [(2, "", [line])] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "code", "told"), [(Killed, -signal.SIGKILL, 1), (Unreachable, 2, 0)]
+)
+def test_no_process_waits_for_one_that_is_gone(kind, code, told, in_two, tmp_path):
+    main, other = in_two(*train_on(kind, "--config", tiny.TRAINED, "--out", tmp_path / "out"))
+    assert other == (code, "", ["error: no data here"] if kind is Unreachable else [])
+    assert main[:2] == (2, "")
+    assert [line.split()[0] for line in main[2]] == ["epoch"] * told + ["error:"]
+    assert list(tmp_path.iterdir()) == []

@@ -300,7 +300,7 @@ def test_a_last_batch_of_one_image_does_not_stop_batch_normalisation():
     ("setting", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": float("nan")}, "lr must be positive, got nan"),
         ({"temperature": -1}, "temperature must be positive, got -1"),

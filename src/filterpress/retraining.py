@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from filterpress.representations import is_quantized, step_of
 from filterpress.tasks import Task
@@ -70,15 +71,16 @@ def retrain_quantized(
     """
     student = copy.deepcopy(network)
     goal = min(1.0, floor + config.margin)
-    result = fit(
-        student,
-        task,
-        config,
-        seed=seed,
-        teacher=teacher,
-        stop=lambda score: score >= goal,
-        progress=progress,
-    )
+    with constant_channels_held(student):
+        result = fit(
+            student,
+            task,
+            config,
+            seed=seed,
+            teacher=teacher,
+            stop=lambda score: score >= goal,
+            progress=progress,
+        )
     score, coarser = result.validation_score, 0
     n_bytes = size(student)
     while n_bytes > max_bytes and coarser < 20:
@@ -99,6 +101,36 @@ def retrain_quantized(
         "improved": improved,
         "coarsened": coarser,
     }
+
+
+@contextlib.contextmanager
+def constant_channels_held(network: nn.Module) -> Iterator[None]:
+    """Let batch-norm pass no gradient back to channels that are constant in a batch.
+
+    A filter whose integers are all zero makes such a channel. Its variance is zero, so batch-norm
+    divides its gradient by the root of ``eps``: some hundred times more than the other filters get
+    reaches the weights underneath, which land many steps away, and the file grows. Where
+    batch-norm cannot tell which way a filter should go, the filter stays.
+
+    Args:
+        network: The network; without such channels it trains as if this were not here.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(_held) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _held(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+    x = inputs[0]
+    if not norm.training:
+        return None
+    rest = [dim for dim in range(x.ndim) if dim != 1]
+    constant = x.detach().amax(rest, keepdim=True) == x.detach().amin(rest, keepdim=True)
+    return torch.where(constant, x.detach(), x) if constant.any() else None
 
 
 def coarsen_(network: nn.Module) -> None:

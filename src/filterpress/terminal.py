@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,10 +59,14 @@ def polite(debug: bool) -> Iterator[None]:
 def show(report: Mapping[str, Any], as_json: bool) -> None:
     """Print the report of a stage or a run on standard output; people see its layers on the page.
 
+    Under ``torchrun`` every process has the report, and the first one prints it.
+
     Args:
         report: Flat report.
         as_json: Print one JSON object and nothing else; numbers that are not finite become null.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         sys.stdout.write(json.dumps({key: _json(value) for key, value in report.items()}) + "\n")
         return

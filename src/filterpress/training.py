@@ -11,7 +11,8 @@ Reference: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural netwo
 section 2.
 
 Under ``torchrun`` each process takes its rows of each batch, so the batch size and the result mean
-the same with any number of processes, except that batch normalisation sees the smaller part.
+the same with any number of processes, except that batch normalisation sees the smaller part. What
+is decided by a loss, a score or a file is decided once, for all of them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,9 @@ from filterpress.tasks import Predict, Task
 log = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int, int, float], None]
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)  # of processes with one that downloads the data or takes the score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class FitConfig:
         epochs: Passes over the training set.
         lr: Highest learning rate. It rises linearly, then falls to zero along a cosine.
         warmup: Share of the steps in which it rises, in [0, 1).
-        batch_size: Images in a step, of all processes together.
+        batch_size: Images in a step, of all processes together; at least two for each of them.
         optimizer: ``sgd``, with Nesterov momentum, or ``adamw``.
         momentum: Momentum of ``sgd``, in [0, 1).
         weight_decay: Weight decay of parameters with two or more dimensions; biases, scales and
@@ -73,9 +78,9 @@ class FitConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("epochs", 1), ("batch_size", 2)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -130,7 +135,7 @@ def fit(
         teacher: A trained network to imitate; its mode is set to evaluation.
         stop: Called with the validation score after each epoch; True ends the training.
         progress: Called after each step with the epoch from 0, the step from 1, the number of
-            steps in an epoch, and the loss.
+            steps in an epoch, and the loss of the whole batch.
         regularizer: Called with the network in each step; its result is added to the loss.
 
     Returns:
@@ -139,20 +144,27 @@ def fit(
     Raises:
         ModelError: Nothing in the network can be trained, or the loss became NaN or infinite.
         DataError: There are fewer than two training images for each process.
+        ValueError: There are fewer than two images of a batch for each process.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("the network has no parameter that can be trained")
     device = best_device()
-    _join_processes(device)
-    if (n := task.size("train")) < 2 * _world():
-        raise DataError(f"training needs at least {2 * _world()} images, got {n}")
+    _join_processes()
+    least = 2 * _world()
+    if (n := task.size("train")) < least:
+        raise DataError(f"training needs at least {least} images, got {n}")
+    if config.batch_size < least:
+        raise ValueError(
+            f"batch_size must be at least {least}, two for each of {_world()} processes, "
+            f"got {config.batch_size}"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seed + _rank())
         for network in (model, teacher):
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
-        replica = DistributedDataParallel(model, broadcast_buffers=False) if _world() > 1 else model
+        replica = DistributedDataParallel(model) if _world() > 1 else model
         bfloat16 = _in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
@@ -176,8 +188,9 @@ def fit(
             for step, loss in enumerate(_descend(optimizer, rates, loss_of, batches), start=1):
                 if progress:
                     progress(epoch, step, n_steps, loss)
-            scores.append(_validation_score(model, task, predict, device))
-            log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, scores[-1])
+            scores.append(_validation_score(model, task, predict))
+            if is_main():
+                log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, scores[-1])
             if scores[-1] > max(scores[:-1], default=-math.inf):
                 best = copy.deepcopy(model.state_dict())
             if stop and stop(scores[-1]):
@@ -222,6 +235,47 @@ def best_device() -> torch.device:
 def is_main() -> bool:
     """Say whether this is the process that writes files: the only one, or rank 0 of several."""
     return _rank() == 0
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """Do in the main process what one alone can do or judge, and tell all what came of it.
+
+    Args:
+        work: Called in the main process; the others wait for it in the same call.
+
+    Returns:
+        What it returned there.
+
+    Raises:
+        Exception: What it raised there.
+    """
+    _join_processes()
+    if _world() == 1:
+        return work()
+    told: list[Any] = [None, None]  # the result, the exception
+    if is_main():
+        try:
+            told[0] = work()
+        except Exception as error:  # noqa: BLE001 (each process raises it below)
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def first_here() -> Iterator[None]:
+    """Let one process of each machine do the block before the others: it fills their caches."""
+    _join_processes()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        _wait_for_all()
+    try:
+        yield
+    finally:
+        if first:
+            _wait_for_all()
 
 
 def learning_rate(config: FitConfig, share: float) -> float:
@@ -279,7 +333,7 @@ def _descend(
     """Take one step a batch and yield its loss."""
     for images, targets in batches:
         loss = loss_of(images, targets)
-        value = loss.item()
+        value = _mean_of_all(loss)
         if not math.isfinite(value):
             raise ModelError(f"the loss became {value} while training; lower lr")
         rate = next(rates)
@@ -325,20 +379,22 @@ def _shards(
             yield images[mine], targets[mine]
 
 
-def _validation_score(
-    model: nn.Module, task: Task, predict: Predict, device: torch.device
-) -> float:
-    """Score the network of rank 0, after giving its running statistics to the other processes."""
+def _mean_of_all(loss: Tensor) -> float:
+    """Return the loss of the whole batch, so that all processes judge it alike."""
     if _world() == 1:
-        return task.score(predict, "validation")
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            dist.broadcast(buffer, 0)
-    score = torch.zeros((), dtype=torch.float64, device=device)
-    if is_main():
-        score.fill_(task.score(predict, "validation"))
-    dist.broadcast(score, 0)
-    return score.item()
+        return loss.item()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / _world()
+
+
+def _validation_score(model: nn.Module, task: Task, predict: Predict) -> float:
+    """Score the network of rank 0, after giving its running statistics to the other processes."""
+    if _world() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+    return from_main(lambda: task.score(predict, "validation"))
 
 
 @contextlib.contextmanager
@@ -378,14 +434,21 @@ def _in_bfloat16(precision: Precision, model: nn.Module, device: torch.device) -
     )
 
 
-def _join_processes(device: torch.device) -> None:
+def _join_processes() -> None:
     """Join the process group that torchrun describes, once in the life of a process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
+    device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
+
+
+def _wait_for_all() -> None:
+    if _world() > 1:
+        dist.barrier()
 
 
 def _world() -> int:

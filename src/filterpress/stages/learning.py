@@ -1,8 +1,14 @@
-"""The stages that train: ``train`` and ``retrain``."""
+"""The stages that train: ``train`` and ``retrain``.
+
+Under ``torchrun`` all processes train; only the first writes the package and uses standard output.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filterpress import files
 from filterpress.stages.handover import (
@@ -15,6 +21,10 @@ from filterpress.stages.handover import (
     settled,
     task_of,
 )
+
+if TYPE_CHECKING:
+    from filterpress.tasks import Task
+    from filterpress.training import FitConfig, Progress
 
 
 def train(
@@ -47,21 +57,20 @@ def train(
         Report with the network's size, accuracy, parameters and multiply-accumulates.
     """
     from filterpress import measurement, models, package, settings
-    from filterpress.progress import progress
     from filterpress.tasks import load_task
-    from filterpress.training import FitConfig, fit, is_main, steps_per_epoch
+    from filterpress.training import FitConfig, first_here, fit, from_main, is_main
 
     fields = settings.parse(config)
     fit_config = settings.configure(FitConfig, fields)
-    its_task = load_task(data, data_dir, image_size, task)
-    files.refuse_existing(out)
+    with first_here():
+        its_task = load_task(data, data_dir, image_size, task)
+    from_main(lambda: files.refuse_existing(out))
     network = models.build(model, its_task.input_shape, its_task.n_classes, seed=seed)
     if weights:
         models.load_weights(network, weights)
     if fields or not weights:
-        steps = fit_config.epochs * steps_per_epoch(its_task, fit_config.batch_size)
-        with progress("train", steps) as advance:
-            fit(network, its_task, fit_config, seed=seed, progress=lambda *_: advance())
+        with _progress("train", its_task, fit_config) as advance:
+            fit(network, its_task, fit_config, seed=seed, progress=advance)
     baseline = measurement.baseline(network, its_task)
     report = {
         "stage": "train",
@@ -122,21 +131,20 @@ def retrain(
         Report with the epochs used and the validation accuracy reached.
     """
     from filterpress import package, settings
-    from filterpress.progress import progress
     from filterpress.retraining import RetrainConfig, retrain_quantized
-    from filterpress.training import steps_per_epoch
+    from filterpress.training import first_here, from_main
 
     if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
-        return pass_on(model, out)
+        return from_main(lambda: pass_on(model, out))
     its_config = settings.configure(RetrainConfig, settings.parse(config))
     source, teacher = package.load(model), package.load(trained)
     budget = budget_of(source, max_size, min_accuracy)
-    its_task = task_of(source, data, data_dir, image_size, task)
-    files.refuse_existing(out)
+    with first_here():
+        its_task = task_of(source, data, data_dir, image_size, task)
+    from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
     evaluated = evaluated_report(source, encoded_file(model))
-    steps = its_config.epochs * steps_per_epoch(its_task, its_config.batch_size)
-    with progress("retrain", steps) as advance:
+    with _progress("retrain", its_task, its_config) as advance:
         network, notes = retrain_quantized(
             source.network,
             teacher.network,
@@ -147,6 +155,20 @@ def retrain(
             max_bytes=budget.max_bytes,
             size=lambda network: len(package.encode(source, network)),
             seed=seed + attempt,
-            progress=lambda *_: advance(),
+            progress=advance,
         )
     return hand_on(out, source, network, {"stage": "retrain", "retrains": attempt + 1, **notes}, {})
+
+
+@contextlib.contextmanager
+def _progress(description: str, task: Task, config: FitConfig) -> Iterator[Progress | None]:
+    """Show the steps of a training in the main process."""
+    from filterpress.progress import progress
+    from filterpress.training import is_main, steps_per_epoch
+
+    if not is_main():
+        yield None
+        return
+    steps = config.epochs * steps_per_epoch(task, config.batch_size)
+    with progress(description, steps) as advance:
+        yield lambda *_: advance()
