@@ -408,6 +408,12 @@ def test_what_is_said_before_the_weights_must_be_true():
         decode_tensor(slow_encode(integers, SCALAR, level=100), (2, 2), 1)
 
 
+def test_a_step_outside_the_grid_is_refused():
+    data = slow_encode(np.int32([[1, 2], [3, 4]]), np.int32([4090, 4100]))
+    with pytest.raises(BitstreamError, match="one way"):
+        decode_tensor(data, (2, 2), 2)
+
+
 def test_a_tensor_without_elements_cannot_hide_one():
     with pytest.raises(BitstreamError, match="one way"):
         decode_tensor(encode_tensor(np.int32([5]), SCALAR), (0,), 1)
