@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import cache
+from math import isqrt
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +19,55 @@ from filterpress.errors import BitstreamError
 SCALAR = np.zeros((), np.int32)
 
 
+def power_of_two(eighths):
+    """2**(eighths / 256), rounded down to a multiple of 2**-52."""
+    whole, part = divmod(eighths, 256)
+    root = 2 ** (part + 52 * 256)
+    for _ in range(8):
+        root = isqrt(root)
+    return Fraction(root * 2**whole, 2**52)
+
+
+def middle(level):
+    """The magnitude in the middle of a level."""
+    if level < 4:
+        return Fraction(2 * level + 1, 64)
+    return Fraction(2 * (4 + level % 4) + 1, 64) * 2 ** (level // 4 - 1)
+
+
+def level_of(x):
+    """The level of x / 32, for whole x."""
+    octave = x.bit_length() - 1
+    return x if x < 4 else 4 * (octave - 1) + (x >> (octave - 2)) % 4
+
+
+def shift_of(level):
+    return max(level - 18, 0) // 4
+
+
+@cache
+def tail(n, level):
+    exponent = (2 * n - 1) * 256 / middle(level)
+    return Fraction((2**113 // int(2**52 * (1 + power_of_two(int(exponent))))), 2**60)
+
+
+@cache
+def first_guess(kind, level, n):
+    """The probability of a one, in 2**-24, of a context that begins with one."""
+    unit = 2 ** shift_of(level)
+    start = 1 + n * unit if kind == "upper" else 1 + (n - 1) * unit
+    if kind == "greater" and n == 0:
+        return min(max(int(tail(1, level) * 2**24), 2**15), 2**24 - 2**15)
+    level = max(level, 14)
+    if kind == "greater":
+        share = tail(start + unit, level) / max(tail(start, level), Fraction(1, 2**60))
+    else:
+        whole = tail(start, level) - tail(start + unit, level)
+        half = tail(start + unit // 2, level) - tail(start + unit, level)
+        share = half / max(whole, Fraction(1, 2**60))
+    return min(max(int(share * 2**24), 2**15), 2**24 - 2**15)
+
+
 class SlowCoder:
     """The interval as one big integer: no carries, no buffers."""
 
@@ -22,19 +75,30 @@ class SlowCoder:
         self.low, self.width, self.n_bytes, self.models = 0, 2**32, 0, {}
 
     def bit(self, context, bit):
-        fast, slow, count = self.models.get(context, (2**15, 2**15, 0))
-        zeros = (self.width * (2**16 - (fast + slow) // 2)) // 2**16
+        if context not in self.models:
+            kind, where = context[1], context[2:]
+            told = kind in ("greater", "upper")
+            one = first_guess(kind, *where[-2:]) if told else 2**23
+            self.models[context] = one, one, 16 if told else 0
+        fast, slow, count = self.models[context]
+        zeros = (self.width * (2**24 - (fast + slow) // 2)) // 2**24
         self.divide(zeros, bit)
-        target = 2**16 - 32 if bit else 32
-        fast += (target - fast) * (2**16 // min(count + 2, 64)) // 2**16
-        slow += (target - slow) * (2**16 // min(count + 2, 400)) // 2**16
-        self.models[context] = fast, slow, min(count + 1, 399)
+        target = 2**24 - 2**12 if bit else 2**12
+        fast += (target - fast) * (2**16 // min(count + 2, 160)) // 2**16
+        slow += (target - slow) * (2**16 // min(count + 2, 1600)) // 2**16
+        self.models[context] = fast, slow, min(count + 1, 1599)
 
-    def even_bit(self, bit):
-        self.divide(self.width // 2, bit)
+    def even(self, n_bits, value):
+        part = self.width // 2**n_bits
+        self.low += value * part
+        self.width = part if value < 2**n_bits - 1 else self.width - value * part
+        self.widen()
 
     def divide(self, zeros, bit):
         self.low, self.width = (self.low + zeros, self.width - zeros) if bit else (self.low, zeros)
+        self.widen()
+
+    def widen(self):
         while self.width < 2**24:
             self.low, self.width, self.n_bytes = self.low * 256, self.width * 256, self.n_bytes + 1
 
@@ -47,45 +111,39 @@ class SlowCoder:
         raise AssertionError
 
 
-def half_octaves(x):
-    x = min(x, 256)
-    if x < 2:
-        return 0
-    octave = x.bit_length() - 1
-    return min(2 * octave - 1 + (x >> (octave - 1)) % 2, 15)
-
-
-def slow_integer(coder, part, level, prediction, value):
-    magnitude = abs(value)
-    coder.bit((part, "significant", level), int(magnitude > 0))
+def slow_integer(coder, part, largest, expected, prediction, value):
+    level, magnitude = level_of(expected), abs(value)
+    coder.bit((part, "greater", 0, level, 0), int(magnitude > 0))
     if magnitude == 0:
         return
-    strength = half_octaves(abs(prediction))
+    strength = sum(32 * abs(prediction) > expected * 2**n for n in range(3))
     differs = int((value < 0) != (prediction < 0))
     coder.bit((part, "sign", strength), differs)
-    agreement = 0 if strength < 3 else 1 + differs if strength < 7 else 3 + differs
-    for n in range(1, 9):
-        coder.bit((part, "greater", agreement, level, n), int(magnitude > n))
-        if magnitude == n:
-            return
-    digits = bin(magnitude - 9 + 1)[3:]
-    for n in range(min(len(digits) + 1, 20)):
-        coder.bit((part, "length", level // 4, n), int(n < len(digits)))
-    for n, digit in enumerate(digits):
-        if n == 0:
-            coder.bit((part, "top", len(digits)), int(digit))
-        elif n == 1:
-            coder.bit((part, "next", len(digits), digits[0]), int(digit))
-        else:
-            coder.even_bit(int(digit))
+    agreement = 0 if strength == 0 else 1 + differs if strength == 1 else 3 + differs
+    units, place = divmod(magnitude - 1, 2 ** shift_of(level))
+    for n in range(1, 15 if largest == 15 else (largest - 1) // 2 ** shift_of(level) + 1):
+        coder.bit((part, "greater", agreement, level, n), int(units >= n))
+        if units < n:
+            break
+    if units >= 14:
+        digits = bin(units - 14 + 1)[3:]
+        for n in range(min(len(digits) + 1, 20)):
+            coder.bit((part, "length", n), int(n < len(digits)))
+        coder.even(len(digits), int(digits or "0", 2))
+    if shift_of(level):
+        half = 2 ** (shift_of(level) - 1)
+        coder.bit((part, "upper", level, min(units, 14)), place // half)
+        coder.even(shift_of(level) - 1, place % half)
 
 
-def slow_exponents(coder, exponents):
-    for digit in f"{exponents[0] + 4096:013b}":
-        coder.even_bit(int(digit))
-    for n in range(1, len(exponents)):
-        mean = sum(exponents[:n]) // n
-        slow_integer(coder, "exponents", 8, 0, exponents[n] - mean)
+def slow_steps(coder, exponents):
+    mean = sum(exponents) // len(exponents) if exponents else -4096
+    coder.even(13, mean + 4096)
+    if len(exponents) > 1:
+        rows = np.array([exponents]) - mean
+        slow_matrix(
+            coder, "steps", rows, 15, 34, 1, 1, np.zeros(1, bool), np.zeros(rows.size, bool)
+        )
 
 
 def slow_zeros(coder, part, zeros, period):
@@ -94,15 +152,16 @@ def slow_zeros(coder, part, zeros, period):
         for i, zero in enumerate(zeros):
             before = i > 0 and zeros[i - 1]
             earlier = i >= period and zeros[i - period]
-            coder.bit((part, bool(before), bool(earlier)), int(zero))
+            coder.bit((part, "zero", bool(before), bool(earlier)), int(zero))
 
 
-def slow_encode(integers, exponents, name_zeros=True):
+def slow_encode(integers, exponents, name_zeros=True, level=None, largest=None):
     coder = SlowCoder()
-    if exponents.size:
-        slow_exponents(coder, exponents.reshape(-1).tolist())
-    coder.even_bit(int(integers.any()))
-    if not integers.any():
+    slow_steps(coder, exponents.reshape(-1).tolist())
+    if largest is None:
+        largest = min(int(np.abs(integers).max(initial=0)), 15)
+    coder.even(4, largest)
+    if largest == 0:
         return coder.finish()
     one_row = integers.ndim < 2 or integers.size == len(integers)
     rows = integers.reshape(1 if one_row else len(integers), -1)
@@ -111,27 +170,48 @@ def slow_encode(integers, exponents, name_zeros=True):
     zero_rows, zero_columns = ~rows.any(axis=1), ~rows.any(axis=0)
     if not name_zeros:
         zero_rows[:], zero_columns[:] = False, False
+    n_weights = int((~zero_rows).sum() * (~zero_columns).sum())
+    if level is None:
+        level = level_of(32 * int(np.abs(rows.astype(np.int64)).sum()) // n_weights)
+    coder.even(7, level)
     slow_zeros(coder, "rows", zero_rows, 1)
     slow_zeros(coder, "columns", zero_columns, taps)
-    q = rows.tolist()
-    column_means, row_start = [0] * rows.shape[1], 0
-    for r in np.flatnonzero(~zero_rows):
-        row_mean = row_start
-        for c in np.flatnonzero(~zero_columns):
-            y, x = divmod(c % taps, width)
-            left = q[r][c - 1] if x else 0
-            above = q[r][c - width] if y else 0
-            corner = q[r][c - width - 1] if x and y else 0
-            before = q[r - 1][c] if r else 0
-            near = 64 * abs(left) + 64 * abs(above) + 32 * abs(before)
-            level = half_octaves((near + row_mean + column_means[c]) // 32)
-            slow_integer(coder, "weights", level, 2 * left + 2 * above - corner, q[r][c])
-            target = 256 * abs(q[r][c])
-            rate = 2**16 // min(r + 2, 64)
-            column_means[c] += (target - column_means[c]) * int(rate) // 2**16
-            row_mean += (target - row_mean) * int(2**16 // min(c + 2, 64)) // 2**16
-        row_start = row_mean
+    slow_matrix(coder, "weights", rows, largest, level, taps, width, zero_rows, zero_columns)
     return coder.finish()
+
+
+def moved(mean, value, n):
+    return mean + (value - mean) * (2**20 // min(n, 400)) // 2**20
+
+
+def slow_matrix(coder, part, rows, largest, level, taps, width, zero_rows, zero_columns):
+    q, unit = rows.tolist(), 2**20
+    start = int(middle(level) * unit)
+    tensor, columns, places, n_weights, n_kernels = start, [0] * rows.shape[1], [0] * taps, 0, 0
+    for r in np.flatnonzero(~zero_rows).tolist():
+        row = tensor
+        for c in range(rows.shape[1]):
+            y, x = divmod(c % taps, width)
+            n_kernels += c % taps == 0
+            if zero_columns[c]:
+                continue
+            left = q[r][c - 1] if x else None
+            above = q[r][c - width] if y else None
+            corner = q[r][c - width - 1] if x and y else 0
+            before = q[r - 1][c] if r else None
+            back = q[r][c - taps] if c >= taps else None
+            left_, above_, before_, back_ = (
+                row if near is None else abs(near) * unit for near in (left, above, before, back)
+            )
+            expected = 12 * row + 9 * (start + columns[c]) + 3 * (start + places[c % taps])
+            expected += 3 * tensor + (3 * (left_ + above_) + 2 * (before_ + back_)) // 2
+            prediction = 2 * (left or 0) + 2 * (above or 0) - corner
+            slow_integer(coder, part, largest, expected // unit, prediction, q[r][c])
+            magnitude, n_weights = abs(q[r][c]) * unit, n_weights + 1
+            row = moved(row, magnitude, c + 10)
+            tensor = moved(tensor, magnitude, n_weights + 16)
+            columns[c] = moved(columns[c], magnitude - start, min(r + 6, 64))
+            places[c % taps] = moved(places[c % taps], magnitude - start, n_kernels + 4)
 
 
 magnitudes = st.one_of(st.integers(-2, 2), st.integers(-40, 40), st.integers(-(2**20), 2**20))
@@ -186,12 +266,12 @@ def test_a_tensor_that_needs_more_room_than_first_given_is_still_right():
 @pytest.mark.parametrize(
     ("integers", "exponents", "data"),
     [
-        (np.zeros((3, 4), np.int32), np.int32(-384), "74"),
-        (np.int32([[1, -2, 0], [0, 40, -9]]), np.int32([-300, 17]), "76a5fffe3593c5f1743ce5"),
+        (np.zeros((3, 4), np.int32), np.int32(-384), "7400"),
+        (np.int32([[1, -2, 0], [0, 40, -9]]), np.int32([-300, 17]), "7b97ff88d70494295aa909a0"),
         (
             np.arange(-18, 18, dtype=np.int32).reshape(2, 2, 3, 3),
             np.int32(0),
-            "8004fff95ffc5613b0b34ce8078a15a8f425fa0df31bfca519a8c2707014d493ea48",
+            "80079c3c2c13b7086c418a8f3064ee3d33da25bc9a3bdbd5ad30",
         ),
     ],
 )
@@ -265,7 +345,7 @@ def test_the_estimate_is_within_5_percent_on_laplacian_weights(shape, spread):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_estimate_is_within_5_percent_on_structured_and_sparse_weights(seed):
-    kept = np.random.default_rng(seed).random((300, 100, 3, 3)) < 0.1
+    kept = np.random.default_rng(seed + 9).random((300, 100, 3, 3)) < 0.1
     for integers in (structured((300, 100, 3, 3), seed), laplace(kept.shape, 2.0) * kept):
         n_bits = 8 * len(encode_tensor(integers.astype(np.int32), SCALAR))
         assert estimate_bits(integers.astype(np.int32)) == pytest.approx(n_bits, 0.05)
@@ -313,6 +393,25 @@ def test_a_row_or_column_that_is_zero_but_not_named_so_is_refused(integers):
     data = slow_encode(np.int32(integers), SCALAR, name_zeros=False)
     with pytest.raises(BitstreamError, match="one way"):
         decode_tensor(data, (2, 2), 1)
+
+
+def test_what_is_said_before_the_weights_must_be_true():
+    integers = np.int32([[1, -2], [3, 0]])
+    assert slow_encode(integers, SCALAR, largest=3) == encode_tensor(integers, SCALAR)
+    for largest in (4, 15):
+        with pytest.raises(BitstreamError, match="one way"):
+            decode_tensor(slow_encode(integers, SCALAR, largest=largest), (2, 2), 1)
+    for level in (0, 30, 99):
+        with pytest.raises(BitstreamError, match="one way"):
+            decode_tensor(slow_encode(integers, SCALAR, level=level), (2, 2), 1)
+    with pytest.raises(BitstreamError, match="damaged"):
+        decode_tensor(slow_encode(integers, SCALAR, level=100), (2, 2), 1)
+
+
+def test_a_step_outside_the_grid_is_refused():
+    data = slow_encode(np.int32([[1, 2], [3, 4]]), np.int32([4090, 4100]))
+    with pytest.raises(BitstreamError, match="one way"):
+        decode_tensor(data, (2, 2), 2)
 
 
 def test_a_tensor_without_elements_cannot_hide_one():

@@ -6,8 +6,11 @@ written once and cannot disagree with itself.
 
 The coder is a range coder with byte-wise renormalisation: 32-bit range, carries propagated into
 the bytes already written. The probability of a bit is the mean of two estimates, one that adapts
-fast and one that adapts slowly; both start with the steps of a plain average, 1/2, 1/3, 1/4, …, so
-that short streams learn quickly.
+fast and one that adapts slowly; both start with the steps of a plain average, so that short
+streams learn quickly.
+
+A coder is a tuple that every step replaces, and every step is inlined: its numbers then stay in
+registers, which makes the coder four times as fast as one that keeps them in an array.
 
 numba does not check bounds. Every access here is to an index that is bounded by construction:
 reads past the end give zeros, writes past the end are counted and dropped, and contexts are
@@ -30,20 +33,22 @@ from numpy.typing import NDArray
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-FAST_LIMIT, SLOW_LIMIT = 64, 400
+FAST_LIMIT, SLOW_LIMIT = 160, 1600
 """Observations over which the two estimates of a probability average."""
+
+PROBABILITY_BITS = 24
+"""Probabilities are in units of 2**-24."""
 
 END_BYTES = 4
 """Bytes that a decoder looks ahead, and so the most that may lie past the end of its data."""
 
 _TOP, _BOTTOM = 1 << 32, 1 << 24
-_ONE, _HALF, _MARGIN = 1 << 16, 1 << 15, 32
-_VALUE, _RANGE, _POSITION, _DECODING = range(4)
+_ONE, _MARGIN, _RATE_BITS = 1 << PROBABILITY_BITS, 1 << 12, 16
 _FAST, _SLOW, _COUNT = range(3)
 
 
 def _rates(limit: int) -> NDArray[np.int64]:
-    return np.array([_ONE // min(n + 2, limit) for n in range(SLOW_LIMIT)], np.int64)
+    return np.array([(1 << _RATE_BITS) // min(n + 2, limit) for n in range(SLOW_LIMIT)], np.int64)
 
 
 _FAST_RATES, _SLOW_RATES = _rates(FAST_LIMIT), _rates(SLOW_LIMIT)
@@ -58,99 +63,113 @@ def compiled(function: _Function) -> _Function:
     return cast(_Function, njit(cache=True)(function))
 
 
+def inlined(function: _Function) -> _Function:
+    """Compile into whatever calls the function."""
+    return cast(_Function, njit(inline="always")(function))
+
+
 class Coder(NamedTuple):
     """State of one direction of the coder.
 
     Attributes:
-        state: int64: the low end of the interval (encoder) or the offset of the data in it
-            (decoder); the range; the position in ``data``; 1 when decoding.
-        data: uint8, the bytes written or read. ``position`` counts on past its end.
+        low: The low end of the interval (encoder) or the offset of the data in it (decoder).
+        width: The size of the interval.
+        position: In ``data``. It counts on past its end.
+        decoding: The direction.
+        data: uint8, the bytes written or read.
     """
 
-    state: NDArray[np.int64]
+    low: int
+    width: int
+    position: int
+    decoding: bool
     data: NDArray[np.uint8]
 
 
-def new_contexts(n_contexts: int) -> NDArray[np.int64]:
-    """Return untrained contexts: (n_contexts, 3) of two probabilities of a one and a count."""
-    contexts = np.full((n_contexts, 3), _HALF, np.int64)
-    contexts[:, _COUNT] = 0
-    return contexts
+def new_contexts(ones: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return contexts: (n, 3) of two probabilities of a one and a count.
+
+    Args:
+        ones: (n,), probabilities of a one to begin with, in 2**-24.
+        counts: (n,), how many observations each of them is worth.
+    """
+    return np.stack([ones, ones, counts], axis=1).astype(np.int32)
 
 
 def new_encoder(capacity: int) -> Coder:
     """Return an encoder that keeps at most ``capacity`` bytes."""
-    state = np.array([0, _TOP, 0, 0], np.int64)
-    return Coder(state, np.zeros(capacity, np.uint8))
+    return Coder(0, _TOP, 0, False, np.zeros(capacity, np.uint8))
 
 
 def new_decoder(data: bytes) -> Coder:
     """Return a decoder of what `finish` returned."""
     head = int.from_bytes(data[:END_BYTES].ljust(END_BYTES, b"\0"), "big")
-    state = np.array([head, _TOP, END_BYTES, 1], np.int64)
-    return Coder(state, np.frombuffer(bytearray(data), np.uint8))
+    return Coder(head, _TOP, END_BYTES, True, np.frombuffer(bytearray(data), np.uint8))
 
 
-@compiled
-def code_bit(coder: Coder, contexts: NDArray[np.int64], index: int, bit: int) -> int:
+@inlined
+def code_bit(coder: Coder, contexts: NDArray[np.int32], index: int, bit: int) -> tuple[Coder, int]:
     """Write ``bit``, or read and return one, with the probability of a context, which adapts."""
-    one = (contexts[index, _FAST] + contexts[index, _SLOW]) >> 1
-    bit = _divide(coder, (coder.state[_RANGE] * (_ONE - one)) >> 16, bit)
+    fast, slow = int(contexts[index, _FAST]), int(contexts[index, _SLOW])
     count = contexts[index, _COUNT]
+    zeros = (coder.width * (_ONE - ((fast + slow) >> 1))) >> PROBABILITY_BITS
+    coder, bit = _divide(coder, zeros, bit)
     target = _ONE - _MARGIN if bit else _MARGIN
-    contexts[index, _FAST] += ((target - contexts[index, _FAST]) * _FAST_RATES[count]) >> 16
-    contexts[index, _SLOW] += ((target - contexts[index, _SLOW]) * _SLOW_RATES[count]) >> 16
+    contexts[index, _FAST] = fast + (((target - fast) * _FAST_RATES[count]) >> _RATE_BITS)
+    contexts[index, _SLOW] = slow + (((target - slow) * _SLOW_RATES[count]) >> _RATE_BITS)
     contexts[index, _COUNT] = min(count + 1, SLOW_LIMIT - 1)
-    return bit
+    return coder, bit
 
 
-@compiled
-def code_even_bit(coder: Coder, bit: int) -> int:
-    """Write ``bit``, or read and return one, at a cost of exactly one bit."""
-    return _divide(coder, coder.state[_RANGE] >> 1, bit)
+@inlined
+def code_even_bits(coder: Coder, n_bits: int, value: int) -> tuple[Coder, int]:
+    """Write a number of ``n_bits`` bits, at most 20, or read and return one, each as likely."""
+    part, last = coder.width >> n_bits, (1 << n_bits) - 1
+    if coder.decoding:
+        value = min(coder.low // part, last)
+    width = coder.width - last * part if value == last else part
+    low = coder.low - value * part if coder.decoding else coder.low + value * part
+    return _renormalise(Coder(low, width, coder.position, coder.decoding, coder.data)), value
 
 
-@compiled
+@inlined
 def past_end(coder: Coder) -> bool:
     """Say whether a decoder has read more than its data can have held."""
-    state = coder.state
-    return bool(state[_DECODING] == 1 and state[_POSITION] > coder.data.size + END_BYTES)
+    return coder.decoding and coder.position > coder.data.size + END_BYTES
 
 
-@compiled
-def _divide(coder: Coder, bound: int, bit: int) -> int:
-    """Narrow the interval: zero is its first ``bound`` values, one the rest."""
-    state = coder.state
-    if state[_DECODING]:
-        bit = 1 if state[_VALUE] >= bound else 0
-        if bit:
-            state[_VALUE] -= bound
-    elif bit:
-        state[_VALUE] += bound
-    state[_RANGE] = state[_RANGE] - bound if bit else bound
-    while state[_RANGE] < _BOTTOM:
-        state[_RANGE] <<= 8
-        if state[_DECODING]:
-            state[_VALUE] = (state[_VALUE] << 8) | _next_byte(coder)
+@inlined
+def _divide(coder: Coder, zeros: int, bit: int) -> tuple[Coder, int]:
+    """Narrow the interval: zero is its first ``zeros`` values, one the rest."""
+    low, width = coder.low, coder.width
+    if coder.decoding:
+        bit = 1 if low >= zeros else 0
+    if bit:
+        low = low - zeros if coder.decoding else low + zeros
+        width -= zeros
+    else:
+        width = zeros
+    return _renormalise(Coder(low, width, coder.position, coder.decoding, coder.data)), bit
+
+
+@inlined
+def _renormalise(coder: Coder) -> Coder:
+    """Read or write bytes until the interval is wide again."""
+    low, width, position, decoding, data = coder
+    while width < _BOTTOM:
+        width <<= 8
+        if decoding:
+            low = (low << 8) | (int(data[position]) if position < data.size else 0)
         else:
-            _shift_out(coder)
-    return bit
+            low = _shift_out(low, position, data)
+        position += 1
+    return Coder(low, width, position, decoding, data)
 
 
 @compiled
-def _next_byte(coder: Coder) -> int:
-    position = coder.state[_POSITION]
-    coder.state[_POSITION] = position + 1
-    return int(coder.data[position]) if position < coder.data.size else 0
-
-
-@compiled
-def _shift_out(coder: Coder) -> None:
+def _shift_out(low: int, position: int, data: NDArray[np.uint8]) -> int:
     """Move the top byte of the low end to the data, with the carry above it, if any."""
-    state, data = coder.state, coder.data
-    position = state[_POSITION]
-    if state[_VALUE] >= _TOP:
-        state[_VALUE] -= _TOP
+    if low >= _TOP:
         at = min(position, data.size) - 1
         while at >= 0 and data[at] == 255:
             data[at] = 0
@@ -158,9 +177,8 @@ def _shift_out(coder: Coder) -> None:
         if at >= 0:
             data[at] += 1
     if position < data.size:
-        data[position] = state[_VALUE] >> 24
-    state[_VALUE] = (state[_VALUE] & (_BOTTOM - 1)) << 8
-    state[_POSITION] = position + 1
+        data[position] = (low >> 24) & 255
+    return (low & (_BOTTOM - 1)) << 8
 
 
 def finish(coder: Coder) -> tuple[bytes, int]:
@@ -170,26 +188,21 @@ def finish(coder: Coder) -> tuple[bytes, int]:
         The bytes, and how many there would be with room for all: more than were returned when the
         capacity was too small, and the bytes are then useless.
     """
-    low, width = int(coder.state[_VALUE]), int(coder.state[_RANGE])
-    value, n_bytes = _shortest_in(low, width)
-    coder.state[_VALUE] = value
-    for _ in range(n_bytes):
-        _shift_out(coder)
-    if not n_bytes and value >= _TOP:  # only the carry is left to write
-        _shift_out(coder)
-        coder.state[_POSITION] -= 1
-    position = int(coder.state[_POSITION])
+    low, n_bytes = _shortest_in(coder.low, coder.width)
+    for n in range(n_bytes):
+        low = _shift_out(low, coder.position + n, coder.data)
+    if low >= _TOP:  # only the carry is left to write
+        _shift_out(low, coder.position, coder.data)
+    position = coder.position + n_bytes
     return coder.data[:position].tobytes(), position
 
 
 def ends_well(coder: Coder) -> bool:
     """Say whether a decoder's data ends exactly as `finish` would have ended it."""
-    offset, width, position = (int(x) for x in coder.state[:3])
-    at = position - END_BYTES
-    tail = coder.data[at:position].tobytes()
+    at = coder.position - END_BYTES
+    tail = coder.data[at : coder.position].tobytes()
     window = int.from_bytes(tail.ljust(END_BYTES, b"\0"), "big")
-    low = (window - offset) % _TOP
-    value, n_bytes = _shortest_in(low, width)
+    value, n_bytes = _shortest_in((window - coder.low) % _TOP, coder.width)
     return coder.data.size - at == n_bytes and value % _TOP == window
 
 

@@ -6,14 +6,21 @@ first and then skipped. Every other integer becomes
 
 1. is it zero?
 2. its sign, coded as "does the sign differ from the predicted one?";
-3. is its magnitude greater than 1, 2, …, 8?
-4. the rest, as an Exp-Golomb code: adaptive prefix, two adaptive bits, then even bits.
+3. is its magnitude greater than 1, 2, …, 14 units?
+4. beyond that, an Exp-Golomb code;
+5. where in its unit it lies: one adaptive bit, then even bits.
 
-The contexts come from what both sides know already. *Activity*, in half octaves, is how large the
-magnitude should be: the running means of this row and of this column, and the neighbours to the
-left, above in the kernel, and in the filter before. The *prediction* of the sign is that of the
-plane through the neighbours in the kernel: filters are smooth. Whether the sign followed the
-prediction then tells how large the magnitude will be.
+The unit is a power of two near half of the magnitude that is expected, so that wide integers take
+no more decisions than narrow ones. The contexts come from what both sides know already. The
+*level*, in quarter octaves, is the expected magnitude: a weighted mean of running means along the
+row, the column and the kernel, and of the neighbours in the kernel, in the filter before and in the
+input channel before. The *prediction* of the sign is that of the plane through the neighbours in
+the kernel: filters are smooth. Whether the sign followed the prediction then tells how large the
+magnitude will be.
+
+No context starts empty: the decisions on a magnitude begin with the probabilities of a logistic
+distribution of the expected magnitude m, where a share of ``2 / (1 + 2**((2 n - 1) / m))`` is n or
+more. Short tensors are then coded with what is known of weights in general.
 
 Reference:
     S. Wiedemann et al., "DeepCABAC: A universal compression algorithm for deep neural networks",
@@ -23,6 +30,8 @@ Reference:
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -30,36 +39,120 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filterpress.codec import arithmetic
-from filterpress.codec.arithmetic import Coder, code_bit, code_even_bit, compiled, past_end
-from filterpress.codec.quantizer import MAX_EXPONENT, MAX_MAGNITUDE, MIN_EXPONENT
+from filterpress.codec.arithmetic import (
+    PROBABILITY_BITS,
+    Coder,
+    code_bit,
+    code_even_bits,
+    compiled,
+    inlined,
+    past_end,
+)
+from filterpress.codec.quantizer import (
+    MAX_EXPONENT,
+    MAX_MAGNITUDE,
+    MIN_EXPONENT,
+    two_to_the,
+)
 from filterpress.errors import BitstreamError
 
-_LEVELS, _FLAGS, _PREFIX = 16, 8, 20
-_AGREEMENTS, _PREFIX_CLASSES = 5, 4
-_SIGNIFICANT = 0
-_SIGN = _SIGNIFICANT + _LEVELS
-_GREATER = _SIGN + _LEVELS
-_LENGTH = _GREATER + _AGREEMENTS * _LEVELS * _FLAGS
-_TOP_BIT = _LENGTH + _PREFIX_CLASSES * _PREFIX
-_NEXT_BIT = _TOP_BIT + _PREFIX + 1
-_ZERO_ROW = _NEXT_BIT + 2 * (_PREFIX + 1)
+_LEVELS, _FLAGS, _PREFIX, _AGREEMENTS = 100, 15, 20, 5
+_MAGNITUDE = 0
+_UPPER_HALF = _MAGNITUDE + _AGREEMENTS * _LEVELS * _FLAGS
+_SIGN = _UPPER_HALF + _LEVELS * _FLAGS
+_LENGTH = _SIGN + 4
+_ZERO_ROW = _LENGTH + _PREFIX
 _ZERO_COLUMN = _ZERO_ROW + 5
 _N_CONTEXTS = _ZERO_COLUMN + 5
 
-_EXPONENT_BITS = 13
-_UNIT_BITS = 8  # running means are in 1/256
-_MEAN_RATES = np.array([(1 << 16) // min(n + 2, 64) for n in range(64)], np.int64)
-_MAX_ACTIVITY = 256
+_EXPONENT_BITS, _LARGEST_BITS, _LEVEL_BITS = 13, 4, 7
+_UNLIMITED = 15
+_EXPONENT_LEVEL = 34  # of the difference of a step from the mean
+_PRIOR_COUNT = 16  # observations that the initial probabilities are worth
+_LEAST_LEVEL = 14  # that tails begin with: where weights are rare, some are large all the same
+_FIRST_SHIFTED = 22  # level from which on the unit is more than 1
+
+_LEVEL_SCALE = 5  # levels are of magnitudes in 1/32
+_UNIT_BITS = 20  # running means are in 2**-20
+_ROW, _COLUMN, _KERNEL, _TENSOR, _NEAR, _FAR = 12, 9, 3, 3, 3, 2  # weights, in 1/32
+_LIMIT = 400
+_RATES = np.array([(1 << 20) // max(n, 1) for n in range(_LIMIT + 1)], np.int64)
 _SAMPLE, _SAMPLE_ROWS = 2**16, 8  # least weights and rows of a sample that estimate_bits codes
+_TABLE_BITS = 12
 
 
-def _half_octaves() -> NDArray[np.int64]:
-    steps = [0, 0] + [2 * (n.bit_length() - 1) - 1 + (n >> (n.bit_length() - 2) & 1)
-                      for n in range(2, _MAX_ACTIVITY + 1)]  # fmt: skip
-    return np.minimum(np.array(steps, np.int64), _LEVELS - 1)
+def _octave_table() -> NDArray[np.int64]:
+    """Return the level of small magnitudes in 1/32: themselves, then in quarter octaves."""
+    return np.array([n if n < 4 else _quarter_octave(n) for n in range(1 << _TABLE_BITS)], np.int64)
 
 
-_LEVEL_OF = _half_octaves()
+def _quarter_octave(n: int) -> int:
+    exponent = n.bit_length() - 1
+    return 4 * (exponent - 1) + (n >> (exponent - 2) & 3)
+
+
+_LEVEL_OF = _octave_table()
+_SHIFT_OF = np.array([max(n - _FIRST_SHIFTED + 4, 0) // 4 for n in range(_LEVELS)], np.int64)
+
+
+def _middle(level: int) -> tuple[int, int]:
+    """Return the magnitude in the middle of a level as a fraction."""
+    if level < 4:
+        return 2 * level + 1, 2 << _LEVEL_SCALE
+    return (2 * (4 + level % 4) + 1) << (level // 4 - 1), 2 << _LEVEL_SCALE
+
+
+_MIDDLES = np.array(
+    [(_middle(n)[0] << _UNIT_BITS) // _middle(n)[1] for n in range(_LEVELS)], np.int64
+)
+
+
+@compiled
+def _level_of(magnitude: int) -> int:
+    """Return the level of a magnitude in 1/32."""
+    if magnitude < 1 << _TABLE_BITS:
+        return int(_LEVEL_OF[magnitude])
+    if magnitude < 1 << 2 * _TABLE_BITS - 4:
+        return int(_LEVEL_OF[magnitude >> 8]) + 32
+    return int(_LEVEL_OF[magnitude >> 16]) + 64
+
+
+@cache
+def _fresh_contexts() -> NDArray[np.int32]:
+    """Return the contexts that every tensor starts with."""
+    half = 1 << (PROBABILITY_BITS - 1)
+    ones, counts = np.full(_N_CONTEXTS, half, np.int64), np.zeros(_N_CONTEXTS, np.int64)
+    counts[:_SIGN] = _PRIOR_COUNT
+    above, upper = np.array([_shares(level) for level in range(_LEVELS)]).transpose(1, 0, 2)
+    ones[:_UPPER_HALF] = np.tile(above.reshape(-1), _AGREEMENTS)
+    ones[_UPPER_HALF:_SIGN] = upper.reshape(-1)
+    return arithmetic.new_contexts(ones, counts)
+
+
+def _shares(level: int) -> tuple[list[int], list[int]]:
+    """Return, for each number of units, the shares of what is more, and in its upper half."""
+    shift = int(_SHIFT_OF[level])
+
+    def unit(share: int, whole: int) -> int:
+        limit = 1 << (PROBABILITY_BITS - 9)
+        scaled = (share << PROBABILITY_BITS) // max(whole, 1)
+        return min(max(scaled, limit), (1 << PROBABILITY_BITS) - limit)
+
+    wide = max(level, _LEAST_LEVEL)
+    starts = [1 + (n << shift) for n in range(_FLAGS + 1)]
+    tails = [_tail(start, wide) for start in starts]
+    halves = [_tail(start + (1 << shift >> 1), wide) for start in starts[:-1]]
+    above = [unit(_tail(1, level), 1 << 60)] + [unit(m, n) for n, m in pairwise(tails[:-1])]
+    upper = [unit(h - m, n - m) for h, (n, m) in zip(halves, pairwise(tails), strict=True)]
+    return above, upper
+
+
+def _tail(n: int, level: int) -> int:
+    """Return the share of magnitudes from ``n`` on in 2**-60, if they are logistic."""
+    numerator, denominator = _middle(level)
+    exponent = ((2 * n - 1) * denominator << 8) // numerator
+    power = two_to_the(exponent & 255, 8) << (exponent >> 8)  # in 2**-52
+    return (2 << (60 + 52)) // ((1 << 52) + power)
 
 
 class _Matrix(NamedTuple):
@@ -69,9 +162,9 @@ class _Matrix(NamedTuple):
         values: int32, (rows, columns).
         zero_rows: uint8, (rows,), 1 for an all-zero row.
         zero_columns: uint8, (columns,).
-        column_means: int64, (columns,), running means of the magnitudes, 0 at first. Taken by
-            numpy, which takes no memory for zeros until they are touched.
-        taps: Columns of one kernel.
+        column_means: int64, (columns,), running means of the magnitudes less that of the tensor.
+            Taken by numpy, which takes no memory for zeros until they are touched.
+        kernel_means: int64, (taps,), the same for each place in the kernel.
         width: Columns of one row of a kernel.
     """
 
@@ -79,8 +172,20 @@ class _Matrix(NamedTuple):
     zero_rows: NDArray[np.uint8]
     zero_columns: NDArray[np.uint8]
     column_means: NDArray[np.int64]
-    taps: int
+    kernel_means: NDArray[np.int64]
     width: int
+
+
+class _Summary(NamedTuple):
+    """What is said of the integers of a tensor before they are coded.
+
+    Attributes:
+        largest: Magnitude, 0 to 14; 15 stands for any larger one, too.
+        level: Of the mean magnitude of the weights that are not skipped.
+    """
+
+    largest: int
+    level: int
 
 
 def encode_tensor(integers: NDArray[np.int32], exponents: NDArray[np.int32]) -> bytes:
@@ -93,18 +198,22 @@ def encode_tensor(integers: NDArray[np.int32], exponents: NDArray[np.int32]) -> 
     Returns:
         The bytes, to be read back with the same two shapes.
     """
-    matrix = _as_matrix(np.require(integers, np.int32, ["C", "W"]))
-    matrix.zero_rows[:], matrix.zero_columns[:] = _zeros_of(matrix.values)
-    return _encode_matrix(matrix, np.array(exponents, np.int64).reshape(-1))
+    weights = _as_matrix(np.require(integers, np.int32, ["C", "W"]))
+    weights.zero_rows[:], weights.zero_columns[:] = _zeros_of(weights.values)
+    return _encode_matrix(weights, np.array(exponents, np.int32).reshape(-1))
 
 
-def _encode_matrix(matrix: _Matrix, steps: NDArray[np.int64]) -> bytes:
-    capacity = 2 * matrix.values.size + 4 * steps.size + 64
+def _encode_matrix(weights: _Matrix, exponents: NDArray[np.int32]) -> bytes:
+    mean, summary = _mean_exponent(exponents), _summarise(weights)
+    capacity = 2 * weights.values.size + 4 * exponents.size + 64
     while True:
         coder = arithmetic.new_encoder(capacity)
-        matrix.column_means[:] = 0
-        contexts = arithmetic.new_contexts(2 * _N_CONTEXTS)
-        _code_tensor(coder, contexts, steps, matrix)
+        steps = _as_matrix(exponents - np.int32(mean))
+        weights.column_means[:] = 0
+        weights.kernel_means[:] = 0
+        coder, _, _ = _code_tensor(
+            coder, _fresh_contexts(), steps, mean - MIN_EXPONENT, weights, summary
+        )
         data, capacity = arithmetic.finish(coder)
         if len(data) == capacity:
             return data
@@ -127,24 +236,28 @@ def decode_tensor(
         BitstreamError: The data is not what `encode_tensor` gives for any tensor of this shape.
     """
     integers = np.zeros(shape, np.int32)
-    matrix = _as_matrix(integers)
-    steps = np.zeros(n_exponents, np.int64)
+    weights, steps = _as_matrix(integers), _as_matrix(np.zeros(n_exponents, np.int32))
     coder = arithmetic.new_decoder(data)
-    contexts = arithmetic.new_contexts(2 * _N_CONTEXTS)
-    if not _code_tensor(coder, contexts, steps, matrix) or not arithmetic.ends_well(coder):
+    coder, mean, summary = _code_tensor(coder, _fresh_contexts(), steps, 0, weights, _Summary(0, 0))
+    if summary.level < 0 or not arithmetic.ends_well(coder):
         raise BitstreamError(f"the coded data of a tensor of shape {shape} is damaged")
-    said = matrix.zero_rows, matrix.zero_columns
-    unseen = not integers.size and matrix.values.any()
-    if unseen or not all(map(np.array_equal, said, _zeros_of(matrix.values))):
+    exponents = steps.values[0, :n_exponents] + np.int32(mean + MIN_EXPONENT)
+    in_range = np.all((exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT))
+    said = weights.zero_rows, weights.zero_columns
+    named = all(map(np.array_equal, said, _zeros_of(weights.values)))
+    unseen = not integers.size and weights.values.any()
+    means = mean + MIN_EXPONENT == _mean_exponent(exponents) and summary == _summarise(weights)
+    if unseen or not (in_range and named and means):
         raise BitstreamError(f"a tensor of shape {shape} is not coded in the one way allowed")
-    return integers, steps.astype(np.int32)
+    return integers, exponents
 
 
 def estimate_bits(integers: NDArray[np.int32]) -> float:
     """Say about how many bits `encode_tensor` will spend on the integers of a tensor.
 
-    Small tensors are coded. Of large ones every n-th row is, and the others are assumed to stand
-    to these as the entropies of two-sided geometric distributions with their mean magnitudes.
+    Small tensors are coded. Of large ones every n-th row is. The others are assumed to stand to
+    the later half of these, whose contexts are trained, as the entropies of two-sided geometric
+    distributions with their mean magnitudes.
 
     Args:
         integers: int32 of any shape, within ±2**20.
@@ -158,23 +271,26 @@ def estimate_bits(integers: NDArray[np.int32]) -> float:
     """
     integers = np.require(integers, np.int32, ["C", "W"])
     values = _as_matrix(integers).values
+    zero_columns = _zeros_of(values)[1]
     stride = max(1, min(values.size // _SAMPLE, len(values) // _SAMPLE_ROWS))
-    matrix = _as_matrix(integers[stride // 2 :: stride].copy() if stride > 1 else integers)
-    matrix.zero_rows[:] = _zeros_of(matrix.values)[0]
-    matrix.zero_columns[:] = zero_columns = _zeros_of(values)[1]
-    bits = 8.0 * len(_encode_matrix(matrix, np.zeros(1, np.int64))) - _EXPONENT_BITS
     if stride == 1:
-        return max(bits, 0.0)
-    naming = _flag_bits(zero_columns)
+        return _coded_bits(integers, zero_columns)
+    sample = integers[stride // 2 :: stride]
+    bits = _coded_bits(sample, zero_columns)
     expected = values.shape[1] * _geometric_entropy(np.abs(values).mean(axis=1))
-    ratio = max(float(expected.sum() / expected[stride // 2 :: stride].sum()), 1.0)
-    return max(bits - naming, 0.0) * ratio + naming
+    of_sample, late = expected[stride // 2 :: stride], slice(len(sample) // 2, None)
+    late_bits = bits - _coded_bits(sample[: len(sample) // 2], zero_columns)
+    rate = np.clip(late_bits / max(of_sample[late].sum(), 1.0), 0.5, 1.5)
+    return bits + float(rate * (expected.sum() - of_sample.sum()))
 
 
-def _flag_bits(flags: NDArray[np.uint8]) -> float:
-    """Return the entropy of flags, by how many are set."""
-    ratios = np.array([flags.mean(), 1 - flags.mean()])
-    return float(-flags.size * np.sum(ratios * np.log2(np.maximum(ratios, 1e-9))))
+def _coded_bits(integers: NDArray[np.int32], zero_columns: NDArray[np.uint8]) -> float:
+    """Return the bits of a part of the rows of a tensor."""
+    matrix = _as_matrix(integers.copy())
+    matrix.zero_rows[:] = _zeros_of(matrix.values)[0]
+    matrix.zero_columns[:] = zero_columns
+    n_bits = 8.0 * len(_encode_matrix(matrix, np.zeros(1, np.int32)))
+    return max(n_bits - _EXPONENT_BITS, 0.0)
 
 
 def _geometric_entropy(mean: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -192,7 +308,21 @@ def _as_matrix(integers: NDArray[np.int32]) -> _Matrix:
     zero_rows, zero_columns = (np.zeros(n, np.uint8) for n in values.shape)
     taps, width = prod(integers.shape[2:]), integers.shape[-1] if integers.ndim > 2 else 1
     column_means = np.zeros(values.shape[1], np.int64)
-    return _Matrix(values, zero_rows, zero_columns, column_means, max(taps, 1), max(width, 1))
+    kernel_means = np.zeros(max(taps, 1), np.int64)
+    return _Matrix(values, zero_rows, zero_columns, column_means, kernel_means, max(width, 1))
+
+
+def _mean_exponent(exponents: NDArray[np.int32]) -> int:
+    return int(exponents.sum(dtype=np.int64)) // exponents.size if exponents.size else MIN_EXPONENT
+
+
+def _summarise(matrix: _Matrix) -> _Summary:
+    n_rows, n_columns = (int(np.sum(flags == 0)) for flags in matrix[1:3])
+    magnitudes = np.abs(matrix.values)
+    total = int(magnitudes.sum(dtype=np.int64))
+    mean = (total << _LEVEL_SCALE) // max(n_rows * n_columns, 1)
+    level = mean if mean < 4 else _quarter_octave(mean)
+    return _Summary(min(int(magnitudes.max()), _UNLIMITED), level)
 
 
 def _zeros_of(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -206,145 +336,198 @@ def _zeros_of(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.
 @compiled
 def _code_tensor(
     coder: Coder,
-    contexts: NDArray[np.int64],
-    exponents: NDArray[np.int64],
-    matrix: _Matrix,
-) -> bool:
-    """Code a tensor in either direction; return whether what was read makes sense."""
-    if not _code_exponents(coder, contexts[_N_CONTEXTS:], exponents):
-        return False
-    if not code_even_bit(coder, 1 - matrix.zero_rows.min()):
-        matrix.zero_rows[:] = 1
-        matrix.zero_columns[:] = 1
-        return True
-    return (
-        _code_zeros(coder, contexts, _ZERO_ROW, matrix.zero_rows, 1)
-        and _code_zeros(coder, contexts, _ZERO_COLUMN, matrix.zero_columns, matrix.taps)
-        and _code_matrix(coder, contexts, matrix)
-    )
+    fresh: NDArray[np.int32],
+    steps: _Matrix,
+    mean: int,
+    weights: _Matrix,
+    summary: _Summary,
+) -> tuple[Coder, int, _Summary]:
+    """Code a tensor in either direction.
 
+    Args:
+        coder: The direction.
+        fresh: The contexts to begin with.
+        steps: The exponents of the steps as one row, less their mean.
+        mean: Of the exponents, less the least possible one.
+        weights: The integers.
+        summary: Of the integers.
 
-@compiled
-def _code_exponents(
-    coder: Coder, contexts: NDArray[np.int64], exponents: NDArray[np.int64]
-) -> bool:
-    """Code the first exponent in 13 bits, the others less the mean of those before."""
-    total = 0
-    for n in range(exponents.size):
-        if n == 0:
-            value = exponents[0] - MIN_EXPONENT
-            for i in range(_EXPONENT_BITS - 1, -1, -1):
-                bit = code_even_bit(coder, (value >> i) & 1)
-                value = (value & ~(1 << i)) | (bit << i)
-            exponents[0] = value + MIN_EXPONENT
-        else:
-            mean = total // n
-            exponents[n] = mean + _code_integer(
-                coder, contexts, _LEVELS // 2, 0, exponents[n] - mean
-            )
-        if exponents[n] < MIN_EXPONENT or exponents[n] > MAX_EXPONENT or past_end(coder):
-            return False
-        total += exponents[n]
-    return True
+    Returns:
+        The mean and the summary, the level of the latter -1 if what was read makes no sense.
+    """
+    largest, level = summary
+    good = True
+    coder, mean = code_even_bits(coder, _EXPONENT_BITS, mean)
+    if steps.values.size > 1:
+        coder, good = _code_matrix(
+            coder, fresh.copy(), steps, _Summary(_UNLIMITED, _EXPONENT_LEVEL)
+        )
+    coder, largest = code_even_bits(coder, _LARGEST_BITS, largest)
+    if not good or not largest:
+        weights.zero_rows[:] = 1
+        weights.zero_columns[:] = 1
+        return coder, mean, _Summary(0, 0 if good else -1)
+    coder, level = code_even_bits(coder, _LEVEL_BITS, level)
+    contexts, taps = fresh.copy(), weights.kernel_means.size
+    coder, good = _code_zeros(coder, contexts, _ZERO_ROW, weights.zero_rows, 1)
+    if good:
+        coder, good = _code_zeros(coder, contexts, _ZERO_COLUMN, weights.zero_columns, taps)
+    if good and level < _LEVELS:
+        coder, good = _code_matrix(coder, contexts, weights, _Summary(largest, level))
+    return coder, mean, _Summary(largest, level if good and level < _LEVELS else -1)
 
 
 @compiled
 def _code_zeros(
-    coder: Coder, contexts: NDArray[np.int64], base: int, zeros: NDArray[np.uint8], period: int
-) -> bool:
+    coder: Coder, contexts: NDArray[np.int32], base: int, zeros: NDArray[np.uint8], period: int
+) -> tuple[Coder, bool]:
     """Code which rows or columns are zero: if any, then each by those 1 and a period before.
 
     Returns:
         Whether this is how an encoder says it: some are zero, or none is said to be, and not all.
     """
-    if not code_bit(coder, contexts, base, zeros.max()):
-        return True
+    coder, some = code_bit(coder, contexts, base, zeros.max())
+    if not some:
+        return coder, True
     for i in range(zeros.size):
         before = zeros[i - 1] if i else 0
         earlier = zeros[i - period] if i >= period else 0
-        zeros[i] = code_bit(coder, contexts, base + 1 + before + 2 * earlier, zeros[i])
+        context = base + 1 + before + 2 * earlier
+        coder, zeros[i] = code_bit(coder, contexts, context, zeros[i])
         if past_end(coder):
-            return False
-    return bool(zeros.min() != zeros.max())
+            return coder, False
+    return coder, bool(zeros.min() != zeros.max())
 
 
 @compiled
-def _code_matrix(coder: Coder, contexts: NDArray[np.int64], matrix: _Matrix) -> bool:
+def _code_matrix(
+    coder: Coder, contexts: NDArray[np.int32], matrix: _Matrix, summary: _Summary
+) -> tuple[Coder, bool]:
     """Code the rows and columns that are not zero, in reading order."""
-    values, width, column_means = matrix.values, matrix.width, matrix.column_means
-    row_start = 0
+    values, column_means, kernel_means = matrix.values, matrix.column_means, matrix.kernel_means
+    taps, width = kernel_means.size, matrix.width
+    largest, start = summary.largest, _MIDDLES[summary.level]
+    tensor_mean, n_weights, n_kernels = start, 0, 0
     for row in range(values.shape[0]):
         if matrix.zero_rows[row]:
             continue
-        row_mean = row_start
-        rate = _MEAN_RATES[min(row, 63)]
+        row_mean, tap, x = tensor_mean, taps - 1, width - 1
         for column in range(values.shape[1]):
+            tap = tap + 1 if tap + 1 < taps else 0
+            x = x + 1 if x + 1 < width else 0
+            n_kernels += 1 if tap == 0 else 0
             if matrix.zero_columns[column]:
                 continue
-            tap = column % matrix.taps
-            left = int(values[row, column - 1]) if tap % width else 0
+            left = int(values[row, column - 1]) if x else 0
             above = int(values[row, column - width]) if tap >= width else 0
-            corner = int(values[row, column - width - 1]) if tap >= width and tap % width else 0
-            before = int(values[row - 1, column]) if row else 0
-            near = 64 * (abs(left) + abs(above)) + 32 * abs(before)
-            activity = (near + row_mean + column_means[column]) >> 5
-            level = _LEVEL_OF[min(activity, _MAX_ACTIVITY)]
-            value = _code_integer(
-                coder, contexts, level, 2 * (left + above) - corner, values[row, column]
+            corner = int(values[row, column - width - 1]) if x and tap >= width else 0
+            before = abs(int(values[row - 1, column])) << _UNIT_BITS if row else row_mean
+            back = int(values[row, column - taps]) if column >= taps else 0
+            near = (abs(left) << _UNIT_BITS if x else row_mean) + (
+                abs(above) << _UNIT_BITS if tap >= width else row_mean
+            )
+            far = before + (abs(back) << _UNIT_BITS if column >= taps else row_mean)
+            expected = (
+                _ROW * row_mean
+                + _COLUMN * (start + column_means[column])
+                + _KERNEL * (start + kernel_means[tap])
+                + _TENSOR * tensor_mean
+                + (_NEAR * near + _FAR * far >> 1)
+            ) >> _UNIT_BITS
+            coder, value = _code_integer(
+                coder,
+                contexts,
+                largest,
+                expected,
+                2 * (left + above) - corner,
+                values[row, column],
             )
             if past_end(coder) or abs(value) > MAX_MAGNITUDE:
-                return False
+                return coder, False
             values[row, column] = value
             magnitude = abs(value) << _UNIT_BITS
-            column_means[column] += ((magnitude - column_means[column]) * rate) >> 16
-            row_mean += ((magnitude - row_mean) * _MEAN_RATES[min(column, 63)]) >> 16
-        row_start = row_mean
-    return True
+            n_weights += 1
+            row_mean = _moved(row_mean, magnitude, column + 10)
+            tensor_mean = _moved(tensor_mean, magnitude, n_weights + 16)
+            change = magnitude - start
+            column_means[column] = _moved(column_means[column], change, min(row + 6, 64))
+            kernel_means[tap] = _moved(kernel_means[tap], change, n_kernels + 4)
+    return coder, True
 
 
 @compiled
+def _moved(mean: int, value: int, n: int) -> int:
+    """Return a running mean after its n-th value, or after many if n is over the limit."""
+    return mean + ((value - mean) * int(_RATES[min(n, _LIMIT)]) >> 20)
+
+
+@inlined
 def _code_integer(
-    coder: Coder, contexts: NDArray[np.int64], level: int, prediction: int, value: int
-) -> int:
-    """Write ``value``, or read and return one, where this activity and prediction hold."""
+    coder: Coder,
+    contexts: NDArray[np.int32],
+    largest: int,
+    expected: int,
+    prediction: int,
+    value: int,
+) -> tuple[Coder, int]:
+    """Write ``value``, or read and return one, of this expected magnitude in 1/32."""
+    level = _level_of(expected)
+    base = _MAGNITUDE + level * _FLAGS
     magnitude = abs(value)
-    if not code_bit(coder, contexts, _SIGNIFICANT + level, 1 if magnitude else 0):
-        return 0
-    strength = _LEVEL_OF[min(abs(prediction), _MAX_ACTIVITY)]
-    flip = 1 if prediction < 0 else 0
-    differs = code_bit(coder, contexts, _SIGN + strength, (1 if value < 0 else 0) ^ flip)
-    agreement = 0 if strength < 3 else 1 + differs + (2 if strength >= 7 else 0)
-    base = _GREATER + (agreement * _LEVELS + level) * _FLAGS
-    found = 1
-    while found <= _FLAGS and code_bit(
-        coder, contexts, base + found - 1, 1 if magnitude > found else 0
-    ):
-        found += 1
-    if found > _FLAGS:
-        found += _code_exp_golomb(coder, contexts, level >> 2, magnitude - found)
-    return -found if differs ^ flip else found
+    coder, some = code_bit(coder, contexts, base, 1 if magnitude else 0)
+    if some:
+        strength, known = 0, abs(prediction) << _LEVEL_SCALE
+        while strength < 3 and known > expected << strength:
+            strength += 1
+        flip = 1 if prediction < 0 else 0
+        coder, differs = code_bit(coder, contexts, _SIGN + strength, (1 if value < 0 else 0) ^ flip)
+        if strength:
+            base += (1 + differs + (2 if strength > 1 else 0)) * _LEVELS * _FLAGS
+        coder, magnitude = _code_magnitude(coder, contexts, largest, level, base, magnitude)
+        value = -magnitude if differs ^ flip else magnitude
+    else:
+        value = 0
+    return coder, value
+
+
+@inlined
+def _code_magnitude(
+    coder: Coder,
+    contexts: NDArray[np.int32],
+    largest: int,
+    level: int,
+    base: int,
+    magnitude: int,
+) -> tuple[Coder, int]:
+    """Write a magnitude over 0, or read and return one: its units, then where in the last."""
+    shift = _SHIFT_OF[level]
+    rest = magnitude - 1
+    units, more, found = rest >> shift, 1, 0
+    limit = _FLAGS - 1 if largest == _UNLIMITED else (largest - 1) >> shift
+    while found < limit and more:
+        coder, more = code_bit(coder, contexts, base + 1 + found, 1 if units > found else 0)
+        found += more
+    flag = found
+    if found == _FLAGS - 1:
+        coder, found = _code_exp_golomb(coder, contexts, units - found)
+        found += _FLAGS - 1
+    if shift:
+        low = rest & ((1 << shift) - 1)
+        context = _UPPER_HALF + level * _FLAGS + flag
+        coder, upper = code_bit(coder, contexts, context, low >> (shift - 1))
+        coder, low = code_even_bits(coder, shift - 1, low & ((1 << shift - 1) - 1))
+        found = (2 * found + upper << shift - 1) + low
+    return coder, found + 1
 
 
 @compiled
-def _code_exp_golomb(
-    coder: Coder, contexts: NDArray[np.int64], prefix_class: int, value: int
-) -> int:
+def _code_exp_golomb(coder: Coder, contexts: NDArray[np.int32], value: int) -> tuple[Coder, int]:
     """Write ``value``, or read and return one: the length of value + 1, then its bits."""
-    bits = value + 1
-    base = _LENGTH + prefix_class * _PREFIX
-    length = 0
-    while length < _PREFIX and code_bit(
-        coder, contexts, base + length, 1 if bits >> (length + 1) else 0
-    ):
-        length += 1
-    found = 1
-    for i in range(length - 1, -1, -1):
-        bit = (bits >> i) & 1
-        if i == length - 1:
-            bit = code_bit(coder, contexts, _TOP_BIT + length, bit)
-        elif i == length - 2:
-            bit = code_bit(coder, contexts, _NEXT_BIT + 2 * length + (found & 1), bit)
-        else:
-            bit = code_even_bit(coder, bit)
-        found = 2 * found + bit
-    return found - 1
+    length, more = 0, 1
+    while length < _PREFIX and more:
+        coder, more = code_bit(
+            coder, contexts, _LENGTH + length, 1 if (value + 1) >> (length + 1) else 0
+        )
+        length += more
+    coder, rest = code_even_bits(coder, length, (value + 1) & ((1 << length) - 1))
+    return coder, (1 << length) + rest - 1

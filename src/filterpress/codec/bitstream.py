@@ -2,7 +2,7 @@
 
 ``docs/bitstream.md`` describes the format to the byte. The digest is checked first, every declared
 size before memory is taken for it, and a file that is not what `encode` writes for its content is
-refused: one content, one file.
+refused. Only the bytes of the LZMA stream may differ from one version of liblzma to the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from filterpress.codec.quantizer import (
 )
 from filterpress.errors import BitstreamError
 
-MAGIC = b"FPK\x01"
+MAGIC = b"FPK\x02"
 DIGEST_BYTES = 16
 MAX_METADATA = 2**26
 MAX_DIMS = 5
@@ -116,7 +116,7 @@ def decode(data: bytes, max_bytes: int = 2**30) -> Decoded:
     """
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if not data.startswith(MAGIC):
-        raise BitstreamError("this is no filterpress file of version 1: it starts differently")
+        raise BitstreamError("this is no filterpress file of version 2: it starts differently")
     if _digest(body) != digest:
         raise BitstreamError("the file is truncated or damaged: its digest does not match")
     metadata, start = _unpack_metadata(body)

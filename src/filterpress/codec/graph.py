@@ -1,8 +1,8 @@
 """ONNX graphs whose weights travel apart: take them out, put them back.
 
-The file carries the graph once, without the weights, and the weights as integers. `strip` also
-drops what no runtime reads (documentation, node names, inferred shapes) and shortens the names
-of intermediate values, which are most of a small network's graph.
+The file carries the graph once, without the weights, and the weights as integers, with their names
+and shapes. `strip` also drops what no runtime reads (documentation, node names, inferred shapes)
+and shortens the names of intermediate values, which are most of a small network's graph.
 
 Nothing here touches the file system: graphs that refer to data outside themselves are refused.
 """
@@ -12,29 +12,27 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from itertools import count
 
-import numpy as np
 import onnx
 from google.protobuf.message import (  # type: ignore[import-untyped]
     DecodeError,
     EncodeError,
     Message,
 )
+from onnx import numpy_helper
 
 from filterpress.codec.bitstream import decode
 from filterpress.codec.quantizer import QuantizedTensor
 from filterpress.errors import BitstreamError
 
-_DATA_FIELDS = ("raw_data", "float_data")
-
 
 def strip(model: onnx.ModelProto, names: Collection[str]) -> bytes:
-    """Return a graph without the data of some initializers.
+    """Return a graph without some of its initializers.
 
     IR version, operator sets, inputs, outputs, nodes and every other initializer stay.
 
     Args:
         model: A model that keeps its data in itself. It is not changed.
-        names: Of the initializers that lose their data; float32 each.
+        names: Of the initializers to take out; float32 each.
 
     Returns:
         The serialised graph, the same bytes for the same model.
@@ -50,10 +48,10 @@ def strip(model: onnx.ModelProto, names: Collection[str]) -> bytes:
     for name in sorted(names):
         if name not in weights or weights[name].data_type != onnx.TensorProto.FLOAT:
             raise ValueError(f"names must be float32 initializers of the model, got {name!r}")
-        for field in _DATA_FIELDS:
-            weights[name].ClearField(field)
     _drop_comments(stripped)
     _shorten_names(stripped.graph)
+    for name in names:
+        stripped.graph.initializer.remove(weights[name])
     return bytes(stripped.SerializeToString(deterministic=True))
 
 
@@ -62,14 +60,14 @@ def fill(graph: bytes, tensors: Mapping[str, QuantizedTensor]) -> onnx.ModelProt
 
     Args:
         graph: What `strip` returned.
-        tensors: The weights, one for each initializer that has no data.
+        tensors: The weights that were taken out, by name.
 
     Returns:
         A model that `onnx.checker` accepts.
 
     Raises:
-        BitstreamError: The graph is damaged, refers to external data, lacks a tensor, has no
-            place for one or one of another shape or type, or is refused by the checker.
+        BitstreamError: The graph is damaged, refers to external data, lacks a tensor, has no use
+            for one, or is refused by the checker.
     """
     model = onnx.ModelProto()
     try:
@@ -78,11 +76,12 @@ def fill(graph: bytes, tensors: Mapping[str, QuantizedTensor]) -> onnx.ModelProt
         raise BitstreamError("the graph is not an ONNX model") from error
     if _refers_outside(model):
         raise BitstreamError("the graph refers to external data, which is never read")
-    weights = {weight.name: weight for weight in model.graph.initializer}
-    if len(weights) != len(model.graph.initializer) or not tensors.keys() <= weights.keys():
+    kept = [weight.name for weight in model.graph.initializer]
+    if len({*kept, *tensors}) != len(kept) + len(tensors) or not tensors.keys() <= _read(model):
         raise BitstreamError("the tensors of the file are not those of its graph")
-    for name, tensor in tensors.items():
-        _put(weights[name], tensor)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(tensor.dequantize(), name) for name, tensor in tensors.items()
+    )
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, EncodeError) as error:
@@ -106,19 +105,6 @@ def to_onnx(data: bytes) -> bytes:
     return bytes(fill(decoded.graph, decoded.tensors).SerializeToString(deterministic=True))
 
 
-def _put(weight: onnx.TensorProto, tensor: QuantizedTensor) -> None:
-    if weight.data_type != onnx.TensorProto.FLOAT or any(
-        getattr(weight, field) for field in _DATA_FIELDS
-    ):
-        raise BitstreamError(f"{weight.name!r} is no stripped float32 weight in the graph")
-    if tuple(weight.dims) != tensor.integers.shape:
-        raise BitstreamError(
-            f"{weight.name!r} has shape {tensor.integers.shape}, "
-            f"the graph wants {tuple(weight.dims)}"
-        )
-    weight.raw_data = tensor.dequantize().astype(np.dtype("<f4")).tobytes()
-
-
 def _messages(message: Message) -> Iterator[Message]:
     """Yield a message and every message inside it."""
     yield message
@@ -126,6 +112,16 @@ def _messages(message: Message) -> Iterator[Message]:
         if field.message_type is not None:
             for inner in value if field.is_repeated else [value]:
                 yield from _messages(inner)
+
+
+def _read(model: onnx.ModelProto) -> set[str]:
+    """Return the names of the values that nodes read."""
+    return {
+        name
+        for message in _messages(model)
+        if isinstance(message, onnx.NodeProto)
+        for name in message.input
+    }
 
 
 def _refers_outside(model: onnx.ModelProto) -> bool:

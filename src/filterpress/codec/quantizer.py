@@ -7,6 +7,7 @@ mantissas are computed in integer arithmetic, never by the machine's own ``pow``
 
 from __future__ import annotations
 
+from functools import cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -18,16 +19,17 @@ MIN_EXPONENT, MAX_EXPONENT = -4096, 4095
 _STEPS = 64
 
 
-def _two_to_the(numerator: int, log2_denominator: int) -> float:
-    """Return ``2**(numerator / 2**log2_denominator)`` to 52 bits, from integer square roots."""
+@cache
+def two_to_the(numerator: int, log2_denominator: int) -> int:
+    """Return ``2**(numerator / 2**log2_denominator)`` in ``2**-52``, from integer square roots."""
     root = 1 << (numerator + (52 << log2_denominator))
     for _ in range(log2_denominator):
         root = isqrt(root)
-    return root / 2**52
+    return root
 
 
-_MANTISSAS = np.array([_two_to_the(k, 6) for k in range(_STEPS)], np.float32)
-_MIDPOINTS = np.array([_two_to_the(2 * k + 1, 7) for k in range(_STEPS)], np.float64)
+_MANTISSAS = np.array([two_to_the(k, 6) / 2**52 for k in range(_STEPS)], np.float32)
+_MIDPOINTS = np.array([two_to_the(2 * k + 1, 7) / 2**52 for k in range(_STEPS)], np.float64)
 
 
 class QuantizedTensor(NamedTuple):
