@@ -31,7 +31,7 @@ from tests import tiny
 from tests.tiny import FILES
 
 TASK = {"task": "tests.tiny:task"}
-TIGHT = {"max_size": "1000"}
+TIGHT = {"max_size": "850"}
 RETRAIN = json.dumps({"epochs": 8, "lr": 0.02, "batch_size": 64, "precision": "float32"})
 COMMON_NUMBERS = {
     *(
@@ -80,7 +80,7 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def publish(made, keys, tmp_path):
     def publish(model="good", out="receipt", **thresholds):
-        wanted = {"max_size": "1000", "min_accuracy": "0.9"} | thresholds
+        wanted = {"max_size": "850", "min_accuracy": "0.9"} | thresholds
         store, given = str(tmp_path / "store"), {**TASK, **wanted, "keys": str(keys)}
         model = made / model if isinstance(model, str) else model
         return stages.publish(model, tmp_path / out, store=store, **given)
@@ -208,7 +208,7 @@ def test_a_baseline_is_the_trained_network_in_floats(made):
         ({"max_size": "2000", "min_accuracy": "-0pp"}, "retrain"),
         ({"max_size": "2000", "min_accuracy": "-0pp", "retrains": 2}, "next"),
         ({"max_size": "2000", "min_accuracy": "-0pp", "retrains": 2, "round": 2}, "give-up"),
-        ({"max_size": "900", "min_accuracy": "0.5"}, "too-big"),
+        ({"max_size": "800", "min_accuracy": "0.5"}, "too-big"),
     ],
 )
 def test_an_evaluation_decides_by_both_thresholds_and_what_is_left_to_try(
@@ -221,10 +221,10 @@ def test_an_evaluation_decides_by_both_thresholds_and_what_is_left_to_try(
 
 def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tmp_path):
     report = stages.reduce(
-        made / "prune", tmp_path / "out", max_size="1000", config='{"max_shrink": 2}', **TASK
+        made / "prune", tmp_path / "out", max_size="850", config='{"max_shrink": 2}', **TASK
     )
     assert report["state"] == "too-big"
-    assert 1000 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
+    assert 850 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
 
 
 def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, m
 
 
 def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):
-    limit = {"max_size": "900", "round": 2}
+    limit = {"max_size": "800", "round": 2}
     report = stages.reduce(made / "good", tmp_path / "out", **limit, **TASK)
     assert report["state"] == "fits"
     assert report["n_bytes"] <= 900
@@ -303,7 +303,7 @@ def test_publication_is_idempotent(publish, tmp_path):
 
 @pytest.mark.parametrize(
     ("thresholds", "numbers"),
-    [({"max_size": "900"}, "of 900 allowed"), ({"min_accuracy": "-0pp"}, "of 0.9800 needed")],
+    [({"max_size": "800"}, "of 800 allowed"), ({"min_accuracy": "-0pp"}, "of 0.9800 needed")],
 )
 def test_publication_measures_the_thresholds_itself(thresholds, numbers, publish, tmp_path):
     with pytest.raises(BudgetError, match=numbers):
@@ -340,13 +340,13 @@ def test_publication_refuses_a_package_that_was_not_evaluated(publish, tmp_path)
 
 def test_giving_up_raises_the_numbers_and_leaves_the_page(made, tmp_path):
     page = tmp_path / "page.html"
-    with pytest.raises(BudgetError, match=r"\d+ bytes of 1000 allowed, .* of 0.9000 needed"):
-        stages.give_up(made / "evaluate", max_size="1000", min_accuracy="0.9", html=page)
+    with pytest.raises(BudgetError, match=r"\d+ bytes of 850 allowed, .* of 0.9000 needed"):
+        stages.give_up(made / "evaluate", max_size="850", min_accuracy="0.9", html=page)
     assert "Not accurate enough" in page.read_text()
 
 
 def test_giving_up_on_what_is_good_enough_does_not_raise(made):
-    report = stages.give_up(made / "good", max_size="1000", min_accuracy="0.9")
+    report = stages.give_up(made / "good", max_size="850", min_accuracy="0.9")
     assert report["decision"] == "publish"
 
 
@@ -615,7 +615,7 @@ def test_a_process_that_comes_late_meets_nothing_of_the_other(in_two, made, tmp_
 @pytest.mark.slow
 def test_the_first_process_decides_when_to_stop(in_two, made, tmp_path):
     given = ("--model", made / "evaluate", "--trained", made / "train", "--config", RETRAIN)
-    task = ("--task", "tests.test_stages:Flattering", "--max-size", "1000", "--min-accuracy", "0.9")
+    task = ("--task", "tests.test_stages:Flattering", "--max-size", "850", "--min-accuracy", "0.9")
     main, other = in_two("retrain", *given, *task, "--out", tmp_path / "out")
     assert (main[0], other) == (0, (0, "", []))
     report = report_of(tmp_path / "out")

@@ -98,9 +98,9 @@ _FIT = {"batch_size": 64, "precision": "float32"}
 TRAINED = json.dumps({"epochs": 6, **_FIT})
 COMMON = {"model": "tests.tiny:network", "task": "tests.tiny:task", "train_config": TRAINED}
 _EASY = {"max_size": "12x", "min_accuracy": "-8pp", "max_rounds": 1, "max_retrains": 1}
-_TIGHT = {"max_size": "1000", "min_accuracy": "0.9", "max_rounds": 1, "max_retrains": 1}
+_TIGHT = {"max_size": "850", "min_accuracy": "0.9", "max_rounds": 1, "max_retrains": 1}
 _ONE_TRY = {"size_tries": 1}
-_IN_STEPS = {"reduce_config": json.dumps({"max_shrink": 1.5})}  # 12x is two of them away
+_IN_STEPS = {"reduce_config": json.dumps({"max_shrink": 1.8})}  # 12x is two of them away
 _LONG = {"retrain_config": json.dumps({"epochs": 8, "lr": 0.02, **_FIT})}
 _FEEBLE = {"retrain_config": json.dumps({"epochs": 1, "lr": 1e-4, **_FIT})}
 
