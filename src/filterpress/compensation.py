@@ -144,20 +144,20 @@ def refit_projected(
         groups: Number of groups.
 
     Returns:
-        ``(O, r, T)`` and the mean power ``(O,)`` of the inputs of each filter.
+        ``(O, r, T)`` and the second moments ``(G, r T, r T)`` of what it is applied to.
     """
     n_in, taps = weight.shape[1], weight[0, 0].numel()
     second = moments.inputs[0].view(n_in, -1)  # (I, T I T)
     rows = weight.flatten(1).view(groups, -1, n_in * taps)
-    parts, powers = [], []
+    parts, seconds = [], []
     for basis, filters in zip(first.view(groups, -1, n_in), rows, strict=True):
         rank = len(basis)
         half = (basis @ second).view(rank * taps, n_in, taps)  # P A
         gram = torch.einsum("ait,ri->art", half, basis).reshape(rank * taps, -1)
         cross = half.flatten(1) @ filters.T  # (r T, O/G)
-        parts.append(solve((gram + gram.T) / 2, cross).T.view(-1, rank, taps))
-        powers.append(gram.diagonal().mean().expand(len(filters)))
-    return torch.cat(parts), torch.cat(powers)
+        seconds.append((gram + gram.T) / 2)
+        parts.append(solve(seconds[-1], cross).T.view(-1, rank, taps))
+    return torch.cat(parts), torch.stack(seconds)
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:

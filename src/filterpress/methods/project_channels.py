@@ -1,9 +1,10 @@
 r"""Project the input channels of each layer on the few directions that its outputs need.
 
 A layer becomes a 1x1 convolution to ``r`` channels and the layer itself on these, grouped when
-groups of filters live in different subspaces; both are rounded to steps. Ranks, groups and steps of
-the whole network come from one allocator, so that the encoded file meets the budget at the least
-damage to the network's outputs; a layer that gains nothing from a projection is only rounded.
+groups of filters live in different subspaces; both are rounded to steps, each weight making up for
+the errors of those before (see `rounding`). Ranks, groups and steps of the whole network come from
+one allocator, so that the encoded file meets the budget at the least damage to the network's
+outputs; a layer that gains nothing from a projection is only rounded.
 
 A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
 a position. It costs nothing where no nonlinearity lies between a layer and those that make its
@@ -36,11 +37,9 @@ from filterpress.allocation import (
     Allocation,
     Option,
     Rates,
-    Subspaces,
+    channel_moments,
     meet,
     options,
-    steps_of,
-    unit_steps,
 )
 from filterpress.compensation import refit_projected
 from filterpress.errors import ModelError
@@ -53,7 +52,8 @@ from filterpress.folding import (
 )
 from filterpress.methods import Outcome
 from filterpress.progress import progress
-from filterpress.representations import ChannelOrder, Layer, Projected, like, quantize_
+from filterpress.representations import ChannelOrder, Layer, Projected, like
+from filterpress.rounding import quantize_compensated_
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
 
@@ -226,51 +226,48 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
 def apply(source: Source, allocation: Allocation) -> nn.Module:
     """Give every layer the form that was chosen for it, and measure batch-norm again."""
     result = plain(source.network)
-    steps: dict[str, Tensor] = {}
+    seen = dict(source.moments)
     for channels in source.linear:
         if allocation.chosen[channels.names[0]].folded:
-            steps |= fold(result, channels, source, allocation)
+            seen |= fold(result, channels, source, allocation.chosen[channels.names[0]])
     statistics.note_offsets_(result, source.images)  # of batch-norm that is new
     for name, option in allocation.chosen.items():
-        layer, moments = layers(result)[name], source.moments[name]
-        if option.folded:
-            quantize_(layer, steps[name])
-        elif option.subspaces is None:
-            quantize_(layer, steps_of(layer.weight.detach(), moments, allocation.theta))
+        layer = layers(result)[name]
+        if option.rank and not option.folded:
+            result.set_submodule(name, project(layer, option, seen[name], allocation.theta))
         else:
-            result.set_submodule(name, project(layer, option, moments, allocation.theta))
+            quantize_compensated_(layer, seen[name], allocation.theta)
     statistics.recalibrate_(result, source.images)
     return result
 
 
 def fold(
-    network: nn.Module, channels: LinearChannels, source: Source, allocation: Allocation
-) -> dict[str, Tensor]:
+    network: nn.Module, channels: LinearChannels, source: Source, option: Option
+) -> dict[str, Moments]:
     """Project the channels between layers without a nonlinearity.
 
     Args:
         network: Copy of the source's network, changed in place.
         channels: The channels to project.
         source: The network the statistics are of.
-        allocation: What was chosen.
+        option: Rank and subspaces.
 
     Returns:
-        The steps ``(O,)`` at which to quantise each of these layers.
+        The statistics of these layers as they are now.
     """
-    rank, subspaces = allocation.chosen[channels.names[0]][:2]
-    if subspaces is None:
-        raise ValueError("the option must have a rank to project to, got layers that stay")
-    basis, energies = subspaces.bases[0, :rank], subspaces.energies[0, :rank]
-    readers, steps = {}, {}
+    if option.subspaces is None:
+        raise ValueError("option must have a rank to project to, got a layer that stays as it is")
+    basis = option.subspaces.bases[0, : option.rank]
+    energies = option.subspaces.energies[0, : option.rank]
+    readers, seen = {}, {}
     for member in channels.group.producers:
-        power = source.moments[member.name].inputs[0].diagonal().mean()
-        steps[member.name] = unit_steps(energies, power.expand(rank)) * math.sqrt(allocation.theta)
+        seen[member.name] = Moments(source.moments[member.name].inputs, energies)
     for member in channels.group.consumers:
         weight, moments = layers(source.network)[member.name].weight, source.moments[member.name]
-        readers[member.name], power = refit_projected(weight.detach(), basis, moments, 1)
-        steps[member.name] = unit_steps(moments.gain, power) * math.sqrt(allocation.theta)
+        readers[member.name], second = refit_projected(weight.detach(), basis, moments, 1)
+        seen[member.name] = Moments(second, moments.gain)
     fold_(network, channels, basis, readers, source.spreads)
-    return steps
+    return seen
 
 
 def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Projected:
@@ -287,33 +284,23 @@ def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Pro
     """
     if option.subspaces is None:
         raise ValueError("option must have a rank to project to, got a layer that stays as it is")
-    weight = layer.weight.detach()
-    first, first_steps = _rounded_projection(weight, option.subspaces, option.rank, moments, theta)
-    order = option.subspaces.order
-    rounded = torch.round(first / first_steps[:, None]) * first_steps[:, None]
-    rest, power = refit_projected(weight[order], rounded, moments, option.groups)
-    last_steps = unit_steps(moments.gain[order], power) * math.sqrt(theta)
-    halves = _halves(layer, len(first), option.groups)
+    weight, order = layer.weight.detach(), option.subspaces.order
+    rows = option.subspaces.bases[:, : option.rank].flatten(0, 1)  # (G r, I)
+    energies = option.subspaces.energies[:, : option.rank].flatten()
+    first, last = _halves(layer, len(rows), option.groups)
     with torch.no_grad():
-        halves[0].weight.copy_(first.view_as(halves[0].weight))
-        halves[1].weight.copy_(rest.view_as(halves[1].weight))
-        if layer.bias is not None and halves[1].bias is not None:
-            halves[1].bias.copy_(layer.bias[order])
-    quantize_(halves[0], first_steps)
-    quantize_(halves[1], last_steps)
+        first.weight.copy_(rows.view_as(first.weight))
+    channels = channel_moments(weight, moments)
+    quantize_compensated_(first, Moments(channels.second[None], energies), theta)
+    rounded = first.weight.detach().flatten(1)
+    rest, second = refit_projected(weight[order], rounded, moments, option.groups)
+    with torch.no_grad():
+        last.weight.copy_(rest.view_as(last.weight))
+        if layer.bias is not None and last.bias is not None:
+            last.bias.copy_(layer.bias[order])
+    quantize_compensated_(last, Moments(second, moments.gain[order]), theta)
     back = ChannelOrder(order.argsort()) if option.groups > 1 else None
-    return Projected(*halves, back)
-
-
-def _rounded_projection(
-    weight: Tensor, subspaces: Subspaces, rank: int, moments: Moments, theta: float
-) -> tuple[Tensor, Tensor]:
-    """Return the projection ``(G r, I)`` and its steps ``(G r,)``."""
-    rows = subspaces.bases[:, :rank].flatten(0, 1)
-    energies = subspaces.energies[:, :rank].flatten()
-    taps = weight[0, 0].numel()
-    power = moments.inputs[0].diagonal().view(-1, taps).mean()
-    return rows, unit_steps(energies, power.expand(len(rows))) * math.sqrt(theta)
+    return Projected(first, last, back)
 
 
 def _halves(layer: Layer, width: int, groups: int) -> tuple[Layer, Layer]:

@@ -1,0 +1,154 @@
+r"""Round weights so that later ones make up for the errors of earlier ones.
+
+With steps :math:`\Delta_o` the damage of rounding a filter ``w`` to integers ``q`` is
+:math:`\tfrac12 g (w - q\Delta) A (w - q\Delta)^\top`. One column after the other is rounded, and
+what it errs is taken off the columns to come, by least squares: with the Cholesky factor ``U`` of
+:math:`A^{-1} = U^\top U` the error :math:`e = (w_i - q_i\Delta) / U_{ii}` costs
+:math:`\tfrac12 g e^2` and leaves :math:`w_{j>i} - e U_{ij}` to round.
+
+Each integer is the one of least damage + slope * bits, of the nearest one, the one below it in
+magnitude, and zero.
+
+Reference:
+    Frantar et al., "GPTQ", ICLR 2023, algorithm 1; the choice by rate and distortion as in
+    DeepCABAC (see `codec`), here with the error fed back and the static code lengths of the tensor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from filterpress.allocation import SLOPE, steps_of
+from filterpress.representations import MAX_INTEGER, Layer, quantize_
+from filterpress.statistics import Moments
+
+DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
+COLUMNS = 128  # rounded at a time, before the others are corrected
+BITS_COUNT = 0.5  # of what a bit is worth to the allocator; more leaves too little to retrain
+INSIDE = 0.49  # of a step from an integer, where rounding surely gives it
+LARGEST = 255  # integers above have the code length of this one
+
+
+def quantize_compensated_(layer: Layer, moments: Moments, theta: float) -> None:
+    """Make a plain layer compute with integers, chosen for the layer's outputs.
+
+    Args:
+        layer: Plain layer, changed in place: the weights it learns with are those it had, moved into
+            the cell of their integer where another one than the nearest was chosen.
+        moments: Its statistics.
+        theta: Cost of rounding a weight, which gives the steps; see `allocation`.
+    """
+    weight = layer.weight.detach()
+    steps = steps_of(weight, moments, theta)
+    steps = torch.maximum(steps, weight.flatten(1).abs().amax(dim=1) / MAX_INTEGER)
+    units = round_compensated(weight, steps, moments, theta)
+    nearby = torch.clamp(weight.flatten(1) / steps[:, None], units - INSIDE, units + INSIDE)
+    with torch.no_grad():
+        layer.weight.copy_((nearby * steps[:, None]).view_as(weight))
+    quantize_(layer, steps)
+
+
+def round_compensated(weight: Tensor, steps: Tensor, moments: Moments, theta: float) -> Tensor:
+    """Round a weight to multiples of steps.
+
+    Args:
+        weight: ``(O, I/groups, kh, kw)`` or ``(O, I)``.
+        steps: ``(O,)`` positive.
+        moments: Statistics of the layer.
+        theta: Cost of rounding a weight.
+
+    Returns:
+        ``(O, d)`` integers, as floats.
+    """
+    groups, d = len(moments.inputs), moments.inputs.shape[-1]
+    seen = moments.inputs.diagonal(dim1=1, dim2=2) > 0  # what never is needs no weight
+    rows = weight.flatten(1).view(groups, -1, d) * seen[:, None]
+    gain, scale = moments.gain.view(groups, -1), steps.view(groups, -1)
+    lengths = code_lengths(torch.round(rows / scale[..., None]))
+    price = torch.as_tensor(lengths * (BITS_COUNT * SLOPE * theta / 8))
+    factor = _inverse_factor(moments.inputs)
+    left, units = rows.clone(), torch.empty_like(rows)
+    for start in range(0, d, COLUMNS):
+        now, then = slice(start, start + COLUMNS), slice(start + COLUMNS, d)
+        block = left[..., now].contiguous()
+        errors = torch.empty_like(block)
+        _round_columns(
+            *(t.numpy() for t in (block, errors, factor[:, now, now].contiguous())),
+            *(t.contiguous().numpy() for t in (scale, 0.5 * gain, price)),
+        )
+        units[..., now] = block
+        left[..., then] -= errors @ factor[:, now, then]
+    return units.view(-1, d)
+
+
+def code_lengths(integers: Tensor) -> Tensor:
+    """Return the bits ``(LARGEST + 1,)`` of each magnitude, sign included, by how often it occurs.
+
+    Magnitudes that are rare or absent have the length that halving with each step gives them.
+    """
+    magnitudes = integers.abs().clamp(max=LARGEST).long().flatten()
+    counts = torch.bincount(magnitudes, minlength=LARGEST + 1).double()
+    falling = 0.5 ** torch.arange(LARGEST + 1, dtype=torch.float64)
+    share = counts / counts.sum() + 0.02 * falling + 1e-9
+    bits = -(share / share.sum()).log2()
+    bits[1:] += 1
+    return bits.float()
+
+
+def _inverse_factor(second: Tensor) -> Tensor:
+    """Return upper triangular ``U`` with ``U^T U`` the inverse of second moments ``(G, d, d)``."""
+    power = second.diagonal(dim1=1, dim2=2)
+    ridge = DAMPING * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24
+    safe = second + torch.diag_embed(ridge[:, None].expand_as(power))
+    # with the order of rows and columns turned round, the factor of the inverse is an inverse
+    upper = torch.linalg.cholesky(safe.flip(1, 2)).flip(1, 2)
+    identity = torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return factor
+
+
+@njit(cache=True)
+def _round_columns(
+    rows: NDArray[np.float32],
+    errors: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    steps: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    price: NDArray[np.float32],
+) -> None:
+    """Round the columns of a block, one after the other, in place.
+
+    Args:
+        rows: (G, R, B) weights; become integers.
+        errors: (G, R, B) filled with the errors to feed back.
+        factor: (G, B, B) of `_inverse_factor`.
+        steps: (G, R).
+        gain: (G, R) damage of a squared error.
+        price: (LARGEST + 1,) damage that the bits of a magnitude are worth.
+    """
+    last = price.size - 1
+    n_columns = rows.shape[2]
+    for group in range(rows.shape[0]):
+        for row in range(rows.shape[1]):
+            step = steps[group, row]
+            for i in range(n_columns):
+                pivot = factor[group, i, i]
+                value = rows[group, row, i]
+                size = abs(value) / step
+                weight = gain[group, row] * (step / pivot) ** 2
+                nearest = int(np.rint(size))
+                best, least = 0, weight * size**2 + price[0]
+                for candidate in range(max(nearest - 1, 1), nearest + 1):
+                    cost = weight * (size - candidate) ** 2 + price[min(candidate, last)]
+                    if cost < least:
+                        best, least = candidate, cost
+                unit = best if value > 0 else -best
+                error = (value - unit * step) / pivot
+                rows[group, row, i] = unit
+                errors[group, row, i] = error
+                for j in range(i + 1, n_columns):
+                    rows[group, row, j] -= error * factor[group, i, j]

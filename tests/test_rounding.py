@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from filterpress.allocation import SLOPE, steps_of
+from filterpress.representations import is_quantized, step_of
+from filterpress.rounding import (
+    BITS_COUNT,
+    DAMPING,
+    code_lengths,
+    quantize_compensated_,
+    round_compensated,
+)
+from filterpress.statistics import Moments
+
+FREE = 1e-12  # of theta: bits count for nothing
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(n_out, d, *, groups=1, seed=0):
+    """Return statistics of inputs of which each resembles the others."""
+    root = draw(groups, d, d, seed=seed) / math.sqrt(d) + 0.5 / d
+    gain = 0.5 + torch.rand(n_out, generator=torch.Generator().manual_seed(seed + 1))
+    return Moments(root @ root.mT + 0.05 * torch.eye(d), gain)
+
+
+def damage(weight, units, steps, moments):
+    return moments.error(units * steps[:, None] - weight.flatten(1))
+
+
+def one_after_the_other(weight, steps, second, gain, price):
+    """Round column after column and solve the columns to come by least squares: slow, and plain."""
+    power = second.diagonal()
+    second = second + torch.diag(DAMPING * power.mean() + 1e-5 * power.max() + 0 * power)
+    left, units = weight.double().clone(), torch.zeros_like(weight)
+    second = second.double()
+    for i in range(weight.shape[1]):
+        rest = slice(i + 1, None)
+        # what one column does that the later ones cannot do for it
+        solved = torch.linalg.solve(second[rest, rest], second[rest, i])
+        own = second[i, i] - second[i, rest] @ solved
+        size = left[:, i].abs() / steps
+        costs = []
+        for candidate in (torch.zeros_like(size), (size.round() - 1).clamp(min=0), size.round()):
+            bits = price.double()[candidate.clamp(max=255).long()]
+            costs.append(0.5 * gain * own * (steps * (size - candidate)) ** 2 + bits)
+        candidates = torch.stack([0 * size, (size.round() - 1).clamp(min=0), size.round()])
+        best = candidates.gather(0, torch.stack(costs).argmin(dim=0)[None])[0]
+        units[:, i] = best * left[:, i].sign()
+        left[:, rest] += (left[:, i] - units[:, i] * steps)[:, None] * solved
+    return units
+
+
+def test_independent_inputs_leave_the_nearest_integers():
+    weight, steps = draw(6, 40), torch.linspace(0.05, 0.3, 6)
+    units = round_compensated(weight, steps, Moments(torch.eye(40)[None], torch.ones(6)), FREE)
+    assert torch.equal(units, torch.round(weight / steps[:, None]))
+
+
+@pytest.mark.parametrize("theta", [FREE, 1e-2])
+@pytest.mark.parametrize("d", [1, 5, 128, 300])
+def test_blocks_of_columns_give_what_one_column_after_the_other_gives(d, theta):
+    weight, moments = draw(7, d), correlated(7, d)
+    steps = torch.linspace(0.3, 0.9, 7)
+    price = code_lengths(torch.round(weight / steps[:, None])) * (BITS_COUNT * SLOPE * theta / 8)
+    expected = one_after_the_other(weight, steps, moments.inputs[0], moments.gain, price)
+    found = round_compensated(weight, steps, moments, theta)
+    assert (found != expected).double().mean() < 0.01  # ties, and what follows from them
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_feedback_damages_less_than_the_nearest_integers(seed):
+    weight, moments = draw(16, 3, 3, 12, seed=seed).transpose(1, 3), correlated(16, 108, seed=seed)
+    steps = torch.full((16,), 0.8)
+    nearest = torch.round(weight.flatten(1) / steps[:, None])
+    found = round_compensated(weight, steps, moments, FREE)
+    assert damage(weight, found, steps, moments) < 0.8 * damage(weight, nearest, steps, moments)
+
+
+def test_bits_that_cost_are_saved_where_they_do_least():
+    weight, moments = draw(16, 108), correlated(16, 108)
+    theta = 3.0
+    steps = steps_of(weight, moments, theta)
+    costs = []
+    for units in (
+        round_compensated(weight, steps, moments, FREE),
+        round_compensated(weight, steps, moments, theta),
+    ):
+        bits = float(code_lengths(units)[units.abs().long()].sum())
+        costs.append((damage(weight, units, steps, moments), bits))
+    (free_damage, free_bits), (priced_damage, priced_bits) = costs
+    assert priced_bits < 0.95 * free_bits
+    worth = BITS_COUNT * SLOPE * theta / 8
+    assert priced_damage + worth * priced_bits < free_damage + worth * free_bits
+
+
+def test_what_is_never_seen_becomes_zero():
+    moments = correlated(8, 30)
+    seen = torch.arange(30) % 3 > 0
+    moments.inputs[0, ~seen] = 0
+    moments.inputs[0, :, ~seen] = 0
+    weight = draw(8, 30)
+    units = round_compensated(weight, steps_of(weight, moments, 1e-2), moments, 1e-2)
+    assert not units[:, ~seen].any()
+    assert units[:, seen].any()
+
+
+def test_inputs_that_are_always_zero_leave_no_integer():
+    moments = Moments(torch.zeros(1, 12, 12), torch.ones(4))
+    units = round_compensated(draw(4, 12), torch.ones(4), moments, 1e-2)
+    assert not units.any()
+
+
+def test_groups_are_rounded_each_with_its_own_inputs():
+    moments, weight = correlated(12, 9, groups=4), draw(12, 1, 3, 3)
+    steps = torch.full((12,), 0.4)
+    whole = round_compensated(weight, steps, moments, 1e-3)
+    lengths = torch.round(weight.flatten(1) / 0.4)
+    assert whole.shape == lengths.shape
+    for group in range(4):
+        rows = slice(3 * group, 3 * group + 3)
+        part = Moments(moments.inputs[group : group + 1], moments.gain[rows])
+        alone = round_compensated(weight[rows], steps[rows], part, FREE)
+        assert torch.equal(round_compensated(weight, steps, moments, FREE)[rows], alone)
+
+
+def test_code_lengths_are_those_of_the_frequencies():
+    integers = torch.tensor([0.0] * 64 + [1.0] * 8 + [-1.0] * 8 + [2.0] * 16)
+    lengths = code_lengths(integers)
+    assert float(lengths[0]) == pytest.approx(math.log2(96 / 64), abs=0.05)
+    assert float(lengths[1]) == pytest.approx(math.log2(96 / 16) + 1, abs=0.1)
+    assert (lengths[3:].diff() >= 0).all()
+    assert torch.isfinite(lengths).all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 12, 3, groups=2),
+        nn.Linear(9, 5),
+    ],
+    ids=["convolution", "depthwise", "grouped", "linear"],
+)
+def test_a_layer_computes_with_what_was_chosen(layer):
+    groups = getattr(layer, "groups", 1)
+    moments = correlated(len(layer.weight), layer.weight[0].numel(), groups=groups)
+    weight = layer.weight.detach().clone()
+    theta = 1e-4
+    units = round_compensated(weight, steps_of(weight, moments, theta), moments, theta)
+    quantize_compensated_(layer, moments, theta)
+    assert is_quantized(layer)
+    expected = (units * step_of(layer)[:, None]).view_as(weight)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_steps_too_fine_for_16_bits_are_coarsened():
+    layer = nn.Linear(9, 5)
+    quantize_compensated_(layer, correlated(5, 9), 1e-20)
+    units = layer.weight.detach() / step_of(layer)[:, None]
+    assert 2**14 < float(units.abs().max()) < 2**15
