@@ -4,7 +4,7 @@
 
 Each row is one call of ``filterpress compress``, training included, timed as a whole process. Rows
 that are in ``benchmarks/results/networks.json`` already are not run again; remove one to repeat it.
-The committed ones are of two threads: another number of threads trains another network.
+The committed ones are of ``OMP_NUM_THREADS=1``: another number of threads trains another network.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from filterpress.retraining import (
     constant_channels_held,
     retrain_quantized,
 )
-from filterpress.statistics import recalibrate_
+from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.surgery import layers
+from filterpress.tasks import calibration
 from filterpress.training import fit
 from tests import networks
 
@@ -138,6 +139,21 @@ def test_a_file_that_grew_is_made_to_fit_again(network, teacher, task):
     assert free["coarsened"] == 0
     assert report["coarsened"] > 0
     assert size(result) <= limit
+
+
+def test_batch_norm_is_measured_again_for_the_steps_that_made_it_fit(network, teacher, task):
+    """By as much as coarser steps change what it sees."""
+    trained, _ = retrain(network, teacher, task, floor=0.0)
+    limit = round(0.97 * size(network))
+    coarse, report = retrain(network, teacher, task, floor=0.0, max_bytes=limit)
+    assert report["coarsened"] > 0
+    images = calibration(task, 256)
+    for model in (trained, coarse):
+        note_offsets_(model, images)
+    for name in ("stem.1", "blocks.1.second.1"):
+        before, after = trained.get_submodule(name), coarse.get_submodule(name)
+        torch.testing.assert_close(after.offset, before.offset, rtol=0, atol=1e-3)
+        assert not torch.equal(after.running_mean, before.running_mean)
 
 
 def test_the_same_seed_gives_the_same_network(network, teacher, task):

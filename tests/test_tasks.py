@@ -163,6 +163,20 @@ def test_calibration_images_are_clean_distinct_training_images_and_depend_on_the
     assert calibration(digits, 10**6).equal(clean)
 
 
+@pytest.mark.parametrize(("side", "expected"), [(64, 300), (160, 163), (2048, 128)])
+def test_large_images_are_fewer_to_calibrate_with(side, expected):
+    class Large:
+        input_shape = (3, side, side)
+
+        def size(self, split):
+            return 400
+
+        def batches(self, split, batch_size):
+            yield torch.zeros(400, 1, 1, 1), torch.zeros(400)
+
+    assert len(calibration(Large(), 300)) == expected
+
+
 def test_a_task_is_loaded_once_in_a_process(digits):
     assert load_task("digits") is digits
     assert load_task("digits", image_size=16) is not digits

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from filterpress.representations import is_quantized, step_of
-from filterpress.tasks import Task
+from filterpress.statistics import note_offsets_, recalibrate_
+from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, Progress, best_device, fit, predictor
 
 COARSER = 1.03  # steps grow by this until the file fits again
+IMAGES = 1024  # on which batch-norm is then measured again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,12 @@ def retrain_quantized(
         )
     score, coarser = result.validation_score, 0
     n_bytes = size(student)
+    if n_bytes > max_bytes:
+        images = calibration(task, IMAGES, seed)
+        note_offsets_(student, images)
     while n_bytes > max_bytes and coarser < 20:
         coarsen_(student)
+        recalibrate_(student, images)
         coarser += 1
         n_bytes = size(student)
     if coarser:

@@ -37,8 +37,8 @@ def quantize_compensated_(layer: Layer, moments: Moments, theta: float) -> None:
     """Make a plain layer compute with integers, chosen for the layer's outputs.
 
     Args:
-        layer: Plain layer, changed in place: the weights it learns with are those it had, moved into
-            the cell of their integer where another one than the nearest was chosen.
+        layer: Plain layer, changed in place: it learns with the weights it had, moved into the cell
+            of their integer where another one than the nearest was chosen.
         moments: Its statistics.
         theta: Cost of rounding a weight, which gives the steps; see `allocation`.
     """

@@ -22,6 +22,7 @@ from filterpress.data import Arrays, DataSet, Split, load_data
 Predict = Callable[[Tensor], Tensor]
 
 _SCORE_BATCH = 250
+_PIXELS, _MIN_IMAGES = 2**22, 128  # of calibration images: pixels at most, but so many images
 _MEMBERS = ("input_shape", "n_classes", "batches", "size", "loss", "score")
 _LOADED: dict[tuple[str, str, int, str], Task] = {}
 
@@ -235,12 +236,15 @@ def calibration(task: Task, n: int, seed: int = 0) -> Tensor:
 
     Args:
         task: Where they come from.
-        n: How many; all of them if there are fewer.
+        n: How many; all of them if there are fewer, and fewer of large ones, each of which shows
+            a filter more patches.
         seed: Decides which.
 
     Returns:
         Normalised float32 of shape (n, C, H, W), in the order of the training set.
     """
+    _, height, width = task.input_shape
+    n = min(n, max(_MIN_IMAGES, _PIXELS // (height * width)))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(task.size("train"), dtype=torch.bool)
     chosen[torch.randperm(len(chosen), generator=generator)[:n]] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filterpress import files
 from filterpress.stages.handover import (
@@ -15,13 +14,6 @@ from filterpress.stages.handover import (
     task_of,
 )
 from filterpress.stages.tables import clusterers, pruners, reducers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from filterpress.tasks import Task
-
-PIXELS, MIN_IMAGES = 2**22, 128  # of calibration images: pixels at most, but so many images
 
 
 def prune(
@@ -51,12 +43,13 @@ def prune(
         Report with the number of filters removed and the size that is left.
     """
     from filterpress import package, settings
+    from filterpress.tasks import calibration
 
     method, its_config = settings.choose(pruners(), config)
     source = package.load(model)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = _calibration(its_task, its_config.images, seed)
+    images = calibration(its_task, its_config.images, seed)
     outcome = method(source.network, images, its_config, seed=seed)
     return hand_on(out, source, outcome.model, {"stage": "prune", **outcome.notes}, outcome.layers)
 
@@ -92,6 +85,7 @@ def cluster(
         Report with the number of filters merged and the size that is left.
     """
     from filterpress import package, settings
+    from filterpress.tasks import calibration
 
     if settled(state, ("fits",), ("too-big",)):
         return pass_on(model, out)
@@ -100,7 +94,7 @@ def cluster(
     max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = _calibration(its_task, its_config.images, seed)
+    images = calibration(its_task, its_config.images, seed)
     outcome = method(source.network, images, its_config, max_bytes=max_bytes, seed=seed)
     return hand_on(
         out, source, outcome.model, {"stage": "cluster", **outcome.notes}, outcome.layers
@@ -140,6 +134,7 @@ def reduce(
         Report with the size; its ``state`` is fits or too-big.
     """
     from filterpress import package, settings
+    from filterpress.tasks import calibration
 
     if settled(state, ("fits",), ("too-big",)):
         return pass_on(model, out) | {"state": state}
@@ -148,7 +143,7 @@ def reduce(
     max_bytes = max_bytes_of(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = _calibration(its_task, its_config.images, seed)
+    images = calibration(its_task, its_config.images, seed)
     failed = [
         h["allocation"] for h in source.history if h["stage"] == "reduce" and h["round"] < round
     ]
@@ -163,11 +158,3 @@ def reduce(
     )
     report = {"stage": "reduce", "round": round, **outcome.notes}
     return hand_on(out, source, outcome.model, report, outcome.layers, max_bytes)
-
-
-def _calibration(task: Task, n_images: int, seed: int) -> Tensor:
-    """Choose calibration images, fewer of large ones: each of these shows a filter more patches."""
-    from filterpress.tasks import calibration
-
-    _, height, width = task.input_shape
-    return calibration(task, min(n_images, max(MIN_IMAGES, PIXELS // (height * width))), seed)
