@@ -22,13 +22,13 @@ RUNS = {
         *("--model", "torchvision:resnet18", "--data", "fashion-mnist"),
         *("--train-config", '{"epochs": 4, "lr": 0.05}'),
         *("--retrain-config", '{"epochs": 3, "margin": 0.5}'),  # no early stop
-        *("--max-size", "200x", "--min-accuracy", "-0.4pp"),
+        *("--max-size", "120x", "--min-accuracy", "-0.4pp"),
     ],
     "ResNet-20": [
         *("--model", "resnet20", "--data", "fashion-mnist"),
         *("--train-config", '{"epochs": 3}'),
         *("--retrain-config", '{"epochs": 2, "margin": 0.5}'),
-        *("--max-size", "20x", "--min-accuracy", "-0.4pp"),
+        *("--max-size", "12x", "--min-accuracy", "-0.4pp"),
     ],
 }
 KEPT = ("n_bytes", "baseline_bytes", "ratio", "accuracy", "baseline_accuracy")
