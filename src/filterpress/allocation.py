@@ -139,7 +139,12 @@ def _ranks(weight: Tensor, groups: int, subspaces: Subspaces) -> list[int]:
     )
     if limit < 1:
         return []
-    spaced = torch.logspace(math.log10(max(1.0, limit / 48)), math.log10(limit), N_RANKS)
+    return spaced_ranks(limit, N_RANKS)
+
+
+def spaced_ranks(limit: float, count: int) -> list[int]:
+    """Return at most ``count`` ranks up to a limit, which is at least 1, in even ratios."""
+    spaced = torch.logspace(math.log10(max(1.0, limit / 48)), math.log10(limit), count)
     return sorted({int(r) for r in spaced.round().clamp(1, int(limit)).tolist()})
 
 

@@ -14,7 +14,6 @@ Reference:
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -24,24 +23,21 @@ from torch import Tensor, nn
 
 from filterpress.allocation import (
     BIAS_BITS,
+    N_RANKS,
     Option,
     Subspaces,
     block,
     channel_moments,
+    spaced_ranks,
     taps_of,
     unit_steps,
 )
-from filterpress.compensation import (
-    ChannelStatistics,
-    channel_statistics,
-    solve,
-)
+from filterpress.compensation import ChannelStatistics, channel_statistics, solve
 from filterpress.representations import Layer, like
 from filterpress.statistics import Moments, batches, eigen, recalibrate_, regular
 from filterpress.surgery import ChannelGroup, channel_groups, layers
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
-N_RANKS = 12  # ranks on offer for a group of channels
 EXACT = 1e-3  # relative error of a rotation that passes unharmed
 
 
@@ -217,9 +213,8 @@ def fold_options(
         ChannelStatistics(bases @ v.second @ bases.T, inverse.T @ v.importance @ inverse)
         for v in views
     ]
-    spaced = torch.logspace(math.log10(max(1.0, n / 48)), math.log10(n), N_RANKS + 1)
     found: dict[str, list[Option]] = {name: [] for name in channels.names}
-    for rank in sorted({int(r) for r in spaced.round().tolist() if int(r) < n}):
+    for rank in [r for r in spaced_ranks(n, N_RANKS + 1) if r < n]:
         basis, kept = bases[:rank], torch.arange(n) < rank
         for member in channels.group.producers:
             weight, _ = normalised(model, channels, member.name)

@@ -246,6 +246,8 @@ def note_offsets_(model: nn.Module, images: Tensor) -> None:
         model: Network, changed in place; its state stays, and so do offsets noted before.
         images: ``(N, C, H, W)`` calibration images, at least 2.
     """
+    if all("offset" in norm._buffers for norm in _norms(model)):
+        return
     measured = copy.deepcopy(model)
     for norm in _norms(measured):
         _forget_(norm)
