@@ -23,7 +23,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from filterpress.clustering import kmeans
@@ -34,6 +37,7 @@ SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of
 SAMPLES = 4096  # weights of a block that stand for all of them
 N_RANKS = 12  # ranks offered a layer and number of groups
 LINEAR, BINS = 64, 8  # integers told apart up to the first, then in so many bins an octave
+OCTAVES = 64  # above LINEAR told apart
 STEP_BITS = 6.0  # a row's step in the file
 BIAS_BITS = 9.0  # a row's bias in the file
 
@@ -322,12 +326,9 @@ class Rates:
 
     def blocks_at(self, theta: float) -> tuple[Tensor, Tensor]:
         """Return bytes and rounding damage ``(B,)`` of every block."""
-        step = math.sqrt(theta)
-        integers = torch.round(self.units / step)
-        left = self.noise * (self.units - integers * step).square()
-        damage = left.mean(dim=1) * self.n_weights
-        bits = _entropy(integers) * self.n_weights + self.side
-        return bits / 8, damage
+        measured = _round_blocks(self.units.numpy(), self.noise.numpy(), math.sqrt(theta))
+        bits, damage = (torch.from_numpy(m).float() * self.n_weights for m in measured)
+        return (bits + self.side) / 8, damage
 
     def allocate(self, theta: float) -> Allocation:
         """Take the best option of every layer at one ``theta``."""
@@ -349,19 +350,41 @@ class Rates:
         )
 
 
-def _entropy(integers: Tensor) -> Tensor:
-    """Return the order-0 entropy ``(B,)`` in bits a symbol of rows of integers ``(B, m)``."""
-    size = integers.abs()
-    octaves = (size / LINEAR).clamp(min=1).log2()
-    codes = (size.clamp(max=LINEAR) + (octaves * BINS).floor()) * integers.sign()
-    within = torch.where(size > LINEAR, (size * (2 ** (1 / BINS) - 1)).log2(), 0.0)  # of a bin
-    codes = (codes - codes.min()).long()
-    n_codes = int(codes.max()) + 1
-    rows = torch.arange(len(codes))[:, None] * n_codes
-    counts = torch.bincount((codes + rows).flatten(), minlength=len(codes) * n_codes)
-    p = counts.view(len(codes), n_codes) / integers.shape[1]
-    total: Tensor = torch.special.entr(p).sum(dim=1) / math.log(2) + within.mean(dim=1)
-    return total
+@njit(cache=True)
+def _round_blocks(
+    units: NDArray[np.float32], noise: NDArray[np.float32], step: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the order-0 entropy, in bits, and the mean damage ``(B,)`` of rounding to a step.
+
+    Args:
+        units: (B, m) weights, in steps that cost theta = 1.
+        noise: (B, m) how much a weight's error counts.
+        step: Positive, in the same steps.
+    """
+    n_blocks, n_weights = units.shape
+    entropy, damage = np.empty(n_blocks), np.empty(n_blocks)
+    c_log_c = np.zeros(n_weights + 1)
+    for c in range(2, n_weights + 1):
+        c_log_c[c] = c * np.log2(c)
+    counts = np.zeros((2, LINEAR + BINS * OCTAVES + 1), np.int32)  # of each sign and magnitude
+    for b in range(n_blocks):
+        counts[:] = 0
+        within = error = 0.0  # bits of the place in a bin; damage
+        for i in range(n_weights):
+            value = units[b, i] / step
+            integer = np.rint(value)
+            error += noise[b, i] * (value - integer) ** 2
+            size = abs(integer)
+            code = int(min(size, LINEAR))
+            if size > LINEAR:
+                code += int(BINS * min(np.log2(size / LINEAR), OCTAVES))
+                within += np.log2(size * (2 ** (1 / BINS) - 1))
+            counts[int(integer < 0), code] += 1
+        entropy[b] = np.log2(n_weights) + within / n_weights
+        for count in counts.flat:
+            entropy[b] -= c_log_c[count] / n_weights
+        damage[b] = error * step**2 / n_weights
+    return entropy, damage
 
 
 def meet(spend: Callable[[float], float], target: float) -> float:
