@@ -3,17 +3,18 @@
 KFP has no loop, so the loop is unrolled when the pipeline is compiled, as a staircase of `dsl.If`:
 
 ```
-train -> prune -> round-1 -+- publish            both thresholds hold
-                           +- give-up            too big: retraining cannot mend it
-                           +- retrain-loop-1 ----+- publish
-                                                 +- round-2 ...      the same level again
-                                                 +- give-up
+train -> prune -> search -> round-1 -+- publish            both thresholds hold
+                                     +- give-up            too big: retraining cannot mend it
+                                     +- retrain-loop-1 ----+- publish
+                                                           +- round-2 ...  the same level again
+                                                           +- give-up
 round-n        = size_tries x (cluster, reduce) -> evaluate
 retrain-loop-n = retrains x (retrain, evaluate)
 ```
 
-A decision is one string. Whatever is neither "publish" nor has a branch of its own ends in give-up,
-so that no run ends well with nothing published. A step with nothing left to do copies its package.
+search passes its package on, unless max_size is "smallest". A decision is one string. Whatever is
+neither "publish" nor has a branch of its own ends in give-up, so that no run ends well with nothing
+published. A step with nothing left to do copies its package.
 """
 
 from pathlib import Path
@@ -33,9 +34,10 @@ from components._rounds import call, make_retrain_loop, make_round
 from components.give_up import give_up
 from components.prune import prune
 from components.publish import publish
+from components.search import search
 from components.train import train
 from filterpress import stages, terminal
-from filterpress.budget import parse_accuracy, parse_size
+from filterpress.budget import SMALLEST, parse_accuracy, parse_size
 from filterpress.flags import Debug, Json, with_flags_of
 
 NAME = "filterpress"
@@ -96,6 +98,7 @@ def define(stairs: Stairs) -> GraphComponent:
         min_accuracy: str = "-1pp",
         max_rounds: int = 2,
         max_retrains: int = 2,
+        max_minutes: int = 60,
         train_config: str = "{}",
         prune_config: str = "{}",
         cluster_config: str = "{}",
@@ -115,11 +118,13 @@ def define(stairs: Stairs) -> GraphComponent:
             image_size: Height and width in pixels; 0 keeps the data set's own.
             task: package.module:function of a task of your own.
             seed: Seed of everything random.
-            max_size: Storage threshold of the published file: bytes, 300KB, 300KiB or 12x.
+            max_size: Storage threshold of the published file: bytes, 300KB, 300KiB or 12x; or
+                smallest, for the smallest file that keeps the accuracy threshold.
             min_accuracy: Accuracy threshold: a fraction (0.92), or percentage points below the
                 trained network (-1pp).
             max_rounds: Rounds allowed, up to what was compiled.
             max_retrains: Retrains allowed in a round, up to what was compiled.
+            max_minutes: Time for finding the smallest file, where that is asked for.
             train_config: JSON object that overrides fields of the training's config.
             prune_config: JSON object that names a pruning method and overrides its config.
             cluster_config: JSON object that names a clustering method and overrides its config.
@@ -133,21 +138,24 @@ def define(stairs: Stairs) -> GraphComponent:
         given = locals()
         trained = call(train, given, config=train_config).outputs["trained"]
         pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
-        add_level({**given, "trained": trained}, stairs, pruned, 1)
+        given["trained"] = trained
+        found = call(search, given, model=pruned)
+        add_level(given, stairs, found.outputs["found"], found.outputs["Output"], 1)
 
     return pipeline
 
 
-def add_level(given: dict[str, Any], stairs: Stairs, package: Any, number: int) -> None:
+def add_level(given: dict[str, Any], stairs: Stairs, package: Any, state: Any, number: int) -> None:
     """Add a round to the pipeline that is being defined, and all that may follow it.
 
     Args:
         given: Parameters of the pipeline, and the trained network.
         stairs: Sub-pipelines.
         package: Package that the round starts from.
+        state: Whether its file fits.
         number: Number of the round, from 1.
     """
-    smaller = call(stairs.rounds[number - 1], given, model=package)
+    smaller = call(stairs.rounds[number - 1], given, model=package, state=state)
     if not stairs.retrain_loops:
         add_outcomes(given, stairs, smaller, number)
         return
@@ -167,7 +175,7 @@ def add_outcomes(given: dict[str, Any], stairs: Stairs, decided: PipelineTask, n
             call(give_up, given, model=decided.outputs["model"]).set_caching_options(False)
         return
     with dsl.If(decided.outputs["Output"] == "next", name=f"round-{number + 1}"):
-        add_level(given, stairs, decided.outputs["model"], number + 1)
+        add_level(given, stairs, decided.outputs["model"], "too-big", number + 1)
     add_failure(given, decided, unless="next")
 
 
@@ -295,7 +303,8 @@ def check_thresholds(parameters: dict[str, Any]) -> None:
     Raises:
         ValueError: A threshold breaks its rule.
     """
-    parse_size(parameters["max_size"], baseline_bytes=10**9)
+    if parameters["max_size"] != SMALLEST:
+        parse_size(parameters["max_size"], baseline_bytes=10**9)
     parse_accuracy(parameters["min_accuracy"], baseline=1.0)
 
 

@@ -48,6 +48,7 @@ def make_round(number: int, size_tries: int, cache_evaluate: bool) -> GraphCompo
     @dsl.pipeline(name=f"round-{number}")
     def one_round(
         model: dsl.Input[dsl.Model],
+        state: str,
         max_size: str,
         min_accuracy: str,
         max_rounds: int,
@@ -61,7 +62,6 @@ def make_round(number: int, size_tries: int, cache_evaluate: bool) -> GraphCompo
         task: str,
     ) -> Decided:
         given = {**locals(), "round": number}
-        state = "too-big"
         for _ in range(size_tries):
             clustered = call(cluster, given, model=model, state=state, config=cluster_config)
             model = clustered.outputs["clustered"]

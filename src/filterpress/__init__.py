@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         publish,
         reduce,
         retrain,
+        search,
         train,
     )
 
@@ -29,6 +30,7 @@ __all__ = [
     "publish",
     "reduce",
     "retrain",
+    "search",
     "train",
 ]
 

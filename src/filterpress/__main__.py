@@ -47,6 +47,7 @@ def add_stage(function: Callable[..., dict[str, Any]]) -> None:
 for _stage in (
     stages.train,
     stages.prune,
+    stages.search,
     stages.cluster,
     stages.reduce,
     stages.evaluate,

@@ -13,6 +13,7 @@ from typing import Literal
 
 Decision = Literal["publish", "retrain", "next", "give-up", "too-big"]
 
+SMALLEST = "smallest"  # in place of a size: the smallest file that keeps the floor
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -64,7 +65,7 @@ def parse_size(text: str | int, baseline_bytes: int) -> int:
         >>> parse_size("12x", 120_000), parse_size("300KiB", 0), parse_size("1.5KB", 0)
         (10000, 307200, 1500)
     """
-    rule = "max_size must be bytes, like 300KB, 300KiB or 12x"
+    rule = "max_size must be bytes, like 300KB, 300KiB or 12x, or smallest"
     match = _SIZE.fullmatch(str(text).strip())
     if not match:
         raise ValueError(f"{rule}, got {text!r}")

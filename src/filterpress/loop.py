@@ -6,22 +6,19 @@ that was killed goes on after the last finished stage when it is started again.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filterpress import files, stages
-from filterpress.budget import Budget, parse_accuracy, parse_size
+from filterpress.budget import SMALLEST, Budget, parse_accuracy, parse_size
 from filterpress.errors import PackageError
+from filterpress.stages.rounds import Run, one_round
 
 log = logging.getLogger(__name__)
 Report = dict[str, Any]
-Stage = Callable[..., Report]
 
 
 def compress(
@@ -37,6 +34,7 @@ def compress(
     min_accuracy: str = "-1pp",
     max_rounds: int = 2,
     max_retrains: int = 2,
+    max_minutes: int = 60,
     size_tries: int = 2,
     seed: int = 0,
     store: str = "",
@@ -60,10 +58,12 @@ def compress(
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
-        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights); or
+            smallest, for the smallest file that keeps the floor.
         min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
         max_rounds: Rounds of cluster, reduce and retrain at most.
         max_retrains: Retrains in a round at most.
+        max_minutes: Time for finding the smallest file, where that is asked for.
         size_tries: Passes of cluster and reduce in a round at most.
         seed: Seed of everything random.
         store: Folder or gs://bucket/prefix to publish to; empty for the folder release in out.
@@ -86,7 +86,7 @@ def compress(
     """
     given = {key: value for key, value in locals().items() if key != "out"}
     _check(given)
-    run = _Run(Path(out), given | {"store": store or str(Path(out) / "release")})
+    run = Run(Path(out), given | {"store": store or str(Path(out) / "release")})
     _open(run.out, given)
     try:
         trained, _ = run.step("train", stages.train)
@@ -95,70 +95,18 @@ def compress(
         _undo(run.out)
         raise
     last, _ = run.step("prune", stages.prune, trained)
+    state = "too-big"
+    if max_size == SMALLEST:
+        last, report = run.step("search", stages.search, last, trained)
+        state = report["state"]
     for number in range(1, max_rounds + 1):
-        last, decision = _round(run, trained, last, number)
+        last, decision = one_round(run, trained, last, number, state)
         if decision != "next":
             break
     return _finish(run, last, decision)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run's folder and settings."""
-
-    out: Path
-    given: Report
-
-    def step(self, place: str, stage: Stage, *packages: Path, **own: Any) -> tuple[Path, Report]:
-        """Run a stage, unless its package is there, with every setting it has a parameter for.
-
-        Args:
-            place: Folder of the package below the run's.
-            stage: The stage.
-            packages: Packages it reads.
-            own: Settings of this step alone.
-
-        Returns:
-            The package it wrote, and its report.
-        """
-        written = self.out / place
-        if not (written / "report.json").exists():
-            log.info("%s", place)
-            for draft in written.parent.glob(f".{written.name}-*"):
-                shutil.rmtree(draft)  # of a stage that was killed
-            kinds = inspect.signature(stage).parameters.values()
-            named = {p.name for p in kinds if p.kind is p.KEYWORD_ONLY}
-            config = {"config": self.given.get(f"{stage.__name__}_config")}
-            settings = {k: v for k, v in (self.given | config | own).items() if k in named}
-            stage(*packages, written, **settings)
-        return written, json.loads((written / "report.json").read_text())
-
-
-def _round(run: _Run, trained: Path, last: Path, number: int) -> tuple[Path, str]:
-    """Cluster and reduce until the file fits, then retrain until it is accurate."""
-    here = f"round-{number}"
-    state = "too-big"
-    for attempt in range(1, run.given["size_tries"] + 1):
-        if state == "too-big":
-            last, _ = run.step(f"{here}/cluster-{attempt}", stages.cluster, last)
-            last, report = run.step(f"{here}/reduce-{attempt}", stages.reduce, last, round=number)
-            state = report["state"]
-    last, report = run.step(f"{here}/evaluate", stages.evaluate, last, state=state, round=number)
-    for attempt in range(1, run.given["max_retrains"] + 1):
-        if report["decision"] == "retrain":
-            last, _ = run.step(f"{here}/retrain-{attempt}", stages.retrain, last, trained)
-            last, report = run.step(
-                f"{here}/evaluate-{attempt}",
-                stages.evaluate,
-                last,
-                state="retrain",
-                round=number,
-                retrains=attempt,
-            )
-    return last, report["decision"]
-
-
-def _finish(run: _Run, last: Path, decision: str) -> Report:
+def _finish(run: Run, last: Path, decision: str) -> Report:
     """Publish, or raise with the numbers; either way the folder tells how the run ended."""
     page = run.out / "report.html"
     goal = {key: run.given[key] for key in ("max_size", "min_accuracy")}
@@ -178,7 +126,8 @@ def _finish(run: _Run, last: Path, decision: str) -> Report:
 
 def _check(given: Report) -> None:
     """Refuse at once what a stage would refuse after hours."""
-    parse_size(given["max_size"], 10**9)
+    if given["max_size"] != SMALLEST:
+        parse_size(given["max_size"], 10**9)
     parse_accuracy(given["min_accuracy"], 1.0)
     Budget(
         max_bytes=1,

@@ -23,9 +23,9 @@ from filterpress.errors import PackageError
 Report = Mapping[str, Any]
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
-_SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", *_COLUMNS}
+_SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", "tries", *_COLUMNS}
 _NUMERIC = {"#", "Bytes", "Ratio", "Validation", "Test", "Parameters", "Multiply-adds"}
-_NUMERIC |= {"Bits a weight"}
+_NUMERIC |= {"Bits a weight", "Retrains"}
 _FATES = ("removed", "merged")  # of filters
 _RIGHT = ' class="n"'
 _OUTCOMES = {
@@ -81,6 +81,7 @@ def render(model: Report) -> str:
         verdict=escape(verdict(final)),
         cards="".join(_card(*card) for card in _cards(final)),
         chart=_chart_section(history, final),
+        search=_search_section(history, final),
         layers=_layers_section(history),
         stages=_stages_section(history),
     )
@@ -258,6 +259,39 @@ def _chart_section(history: Sequence[Report], final: Report) -> str:
             )
             return _section("Path", drawing)
     return ""
+
+
+def _search_section(history: Sequence[Report], final: Report) -> str:
+    """Draw and tabulate the sizes that a search tried, from the largest file to the smallest."""
+    tries = [
+        (number, entry, n_bytes)
+        for report in history
+        for number, entry in enumerate(_list(report.get("tries")), 1)
+        if isinstance(entry, Mapping) and (n_bytes := _size(entry, "n_bytes")) is not None
+    ]
+    tries.sort(key=lambda found: -found[2])
+    points = [
+        chart.Point(number, f"try {number}", n_bytes, accuracy)
+        for number, entry, n_bytes in tries
+        if (accuracy := _fraction(entry, "validation_accuracy")) is not None
+    ]
+    if not points:
+        return ""
+    floor = _fraction(final, "min_accuracy")
+    drawing = chart.draw(points, split="Validation", max_bytes=None, min_accuracy=floor)
+    rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
+    table = _table(_head("#", "Outcome", "Bytes", "Validation", "Retrains"), rows)
+    return _section("Sizes tried", drawing + table)
+
+
+def _try_row(number: int, entry: Report) -> str:
+    outcome = _text(entry.get("decision"))
+    numbers = (
+        _count(_number(entry, "n_bytes")),
+        _percent(_number(entry, "validation_accuracy")),
+        _count(_number(entry, "retrains")),
+    )
+    return f'<tr><td class="n">{number}</td><td>{escape(outcome)}</td>{_cells(numbers)}</tr>'
 
 
 def _stages_section(history: Sequence[Report]) -> str:

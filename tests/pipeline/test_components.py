@@ -11,7 +11,8 @@ import components
 from filterpress import stages
 from filterpress.flags import help_of
 
-STAGES = ["train", "prune", "cluster", "reduce", "evaluate", "retrain", "publish", "give_up"]
+STAGES = ["train", "prune", "search", "cluster", "reduce", "evaluate", "retrain", "publish"]
+STAGES += ["give_up"]
 FOLDER = Path(components.__file__).parent
 DECISIONS = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.BoolOp, ast.Match, ast.Compare)
 ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign)

@@ -92,6 +92,18 @@ def test_the_pipeline_takes_the_path_that_the_library_takes(name, folder, weight
     assert ("Over the size budget" if decision == "too-big" else "Given up") in page
 
 
+def test_the_pipeline_finds_the_smallest_file_that_the_library_finds(folder, tmp_path):
+    for left in ("report.json", "report.html", "model.fpk"):
+        (folder / left).unlink(missing_ok=True)
+    settings = RUNS["at once"] | {"max_size": "smallest", "max_minutes": 0}
+    code, report, steps, last_line = run(settings | {"store": str(tmp_path / "release")}, folder)
+    assert code == 0, last_line
+    did = [step for step, end in steps if end != "passed on"]
+    assert did == ["train", "prune", "search", "evaluate", "publish"]
+    with tiny.one_thread():
+        assert report["sha256"] == compress(tmp_path / "library", **settings)["sha256"]
+
+
 def test_a_pipeline_that_was_killed_goes_on_after_its_last_step(tmp_path):
     settings, out = RUNS["at once"], tmp_path / "run"
     with (tmp_path / "told").open("w+") as told:

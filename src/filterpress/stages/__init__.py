@@ -13,6 +13,7 @@ from filterpress.stages.deciding import publish as publish
 from filterpress.stages.handover import ENCODED as ENCODED
 from filterpress.stages.learning import retrain as retrain
 from filterpress.stages.learning import train as train
+from filterpress.stages.searching import search as search
 from filterpress.stages.shrinking import cluster as cluster
 from filterpress.stages.shrinking import prune as prune
 from filterpress.stages.shrinking import reduce as reduce

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filterpress import files
-from filterpress.budget import Budget, parse_accuracy, parse_size
+from filterpress.budget import SMALLEST, Budget, parse_accuracy, parse_size
 from filterpress.errors import BudgetError, ModelError, PackageError
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def max_bytes_of(source: Package, max_size: str) -> int:
     """Turn a size as written into bytes; refuse one below what the format alone needs."""
     from filterpress import package
 
-    max_bytes = parse_size(max_size, source.baseline["n_bytes"])
-    least = package.least_bytes(source)
+    max_bytes, least = _bytes_of(source, max_size), package.least_bytes(source)
     if max_bytes < least:
         raise ValueError(
             f"max_size must be at least {least} bytes for this network, without any weights, "
@@ -107,11 +106,21 @@ def budget_of(
 ) -> Budget:
     """Turn thresholds as written into those of a run, against the trained network."""
     return Budget(
-        max_bytes=parse_size(max_size, source.baseline["n_bytes"]),
+        max_bytes=_bytes_of(source, max_size),
         min_accuracy=parse_accuracy(min_accuracy, source.baseline["validation_accuracy"]),
         max_rounds=max_rounds,
         max_retrains=max_retrains,
     )
+
+
+def _bytes_of(source: Package, max_size: str) -> int:
+    """Turn a size as written into bytes; ``smallest`` is what ``search`` has found."""
+    if max_size != SMALLEST:
+        return parse_size(max_size, source.baseline["n_bytes"])
+    found = [h["max_bytes"] for h in source.history if h["stage"] == "search"]
+    if not found:
+        raise ValueError(f"max_size must be a size before the stage search, got {max_size!r}")
+    return int(found[-1])
 
 
 def require(budget: Budget, n_bytes: int, accuracy: float) -> None:
