@@ -11,6 +11,7 @@ from filterpress.codec import quantize, snap
 from filterpress.representations import (
     ChannelOrder,
     Quantized,
+    integers_of,
     is_quantized,
     latent_weight,
     like,
@@ -56,6 +57,43 @@ def test_steps_do_not_learn(convolution):
     assert "step" not in {name.rpartition(".")[2] for name, _ in convolution.named_parameters()}
     convolution.weight.sum().backward()
     assert not step_of(convolution).requires_grad
+
+
+def test_integers_stay_within_the_bounds_of_their_row():
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 7.0])
+    quantized = Quantized(torch.tensor([0.5, 0.1]), low, high)
+    weight = torch.tensor([[0.6, -3.0, 9.0], [0.31, -0.2, 5.0]])
+    assert quantized.integers(weight).tolist() == [[1, -1, 1], [3, 0, 7]]
+    expected = torch.tensor([[0.5, -0.5, 0.5], [0.3, 0.0, 0.7]])
+    torch.testing.assert_close(quantized(weight), expected)
+
+
+def test_a_grid_of_odd_integers_has_the_nearest_of_them():
+    low, high = torch.tensor([-3.0]), torch.tensor([3.0])
+    quantized = Quantized(torch.tensor([0.5]), low, high, spacing=2)
+    weight = torch.tensor([[-9.0, -1.1, -0.9, -0.01, 0.01, 0.99, 1.01, 9.0]])
+    odd = torch.tensor([-3.0, -1.0, 1.0, 3.0])
+    nearest = odd[(weight[..., None] / 0.5 - odd).abs().argmin(dim=-1)]
+    assert quantized.integers(weight).equal(nearest)
+
+
+def test_no_gradient_leads_a_weight_further_out_of_the_bounds():
+    layer = nn.Linear(4, 1)
+    weight = torch.tensor([[0.2, 2.0, -2.0, 2.0]])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    quantize_(layer, torch.tensor([0.5]), torch.tensor([-1.0]), torch.tensor([1.0]))
+    direction = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])  # descent goes the other way
+    (layer.weight * direction).sum().backward()
+    gradient = layer.parametrizations.weight.original.grad
+    assert gradient.tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+
+
+def test_the_integers_of_a_layer_are_those_it_computes_with(convolution):
+    product = integers_of(convolution) * step_of(convolution)[:, None, None, None]
+    assert convolution.weight.equal(product)
+    with pytest.raises(ValueError, match="module must be a quantised layer"):
+        integers_of(nn.Linear(3, 2))
 
 
 def test_copies_are_independent(convolution):

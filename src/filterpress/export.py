@@ -20,7 +20,13 @@ from torch import nn
 
 from filterpress.codec import QuantizedTensor, quantize, snap
 from filterpress.errors import ModelError
-from filterpress.representations import is_quantized, latent_weight, step_of, without_quantization
+from filterpress.representations import (
+    integers_of,
+    is_quantized,
+    latent_weight,
+    step_of,
+    without_quantization,
+)
 from filterpress.surgery import layers
 
 OPSET = 17
@@ -69,14 +75,14 @@ def to_graph(
 
 def _integers(name: str, layer: nn.Module) -> Weight:
     weight = latent_weight(layer)
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"the weights of {name} must be finite, got NaN or infinity")
     if is_quantized(layer):
-        step = step_of(layer)
+        integers, step = integers_of(layer), step_of(layer)
     else:
         largest = weight.flatten(1).abs().amax(dim=1)
         step = torch.where(largest > 0, largest / DEFAULT_LEVELS, 1.0)
-    if not torch.isfinite(weight).all():
-        raise ModelError(f"the weights of {name} must be finite, got NaN or infinity")
-    integers = torch.round(weight / step.view(-1, *[1] * (weight.ndim - 1)))
+        integers = torch.round(weight / step.view(-1, *[1] * (weight.ndim - 1)))
     return Weight(integers.int().cpu().numpy(), step.double().cpu().numpy())
 
 

@@ -8,6 +8,7 @@ stands for one convolution by two smaller ones.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +18,78 @@ Layer = nn.Conv2d | nn.Linear
 MAX_INTEGER = 2**15 - 1  # of a quantised weight; finer steps would cost bits for nothing
 
 
-class _RoundToStep(torch.autograd.Function):
-    """``step * round(weight / step)``; the gradient passes through unchanged."""
+class _StraightThrough(torch.autograd.Function):
+    """A quantised weight; the gradient passes to the one underneath, unless it leads away."""
 
     @staticmethod
-    def forward(ctx: object, weight: Tensor, step: Tensor) -> Tensor:
-        return torch.round(weight / step) * step
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor, beyond: Tensor) -> Tensor:
+        ctx.save_for_backward(beyond)
+        return quantized.clone()
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (beyond,) = ctx.saved_tensors  # has the sign of what a weight is beyond the bounds
+        return gradients[0].masked_fill(beyond * gradients[0] < 0, 0), None, None
 
 
 class Quantized(nn.Module):
-    """Parametrisation of a weight by multiples of one step per output channel.
+    """Parametrisation of a weight by integers and one step per output channel.
 
     The straight-through estimator trains the floating-point weight underneath. Steps do not learn:
     trained by the task's loss alone they only shrink, and the file grows.
 
     Args:
         step: ``(O,)`` positive, one step per output channel.
+        low: ``(O,)`` the smallest integer of each row; without it, the smallest there is.
+        high: ``(O,)`` the largest integer of each row.
+        spacing: Of the integers in use, from ``low`` on: 1, or 2 for a grid of odd ones.
     """
 
     step: Tensor
+    low: Tensor
+    high: Tensor
+    spacing: Tensor
 
-    def __init__(self, step: Tensor) -> None:
+    def __init__(
+        self,
+        step: Tensor,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+        spacing: int = 1,
+    ) -> None:
         super().__init__()
-        self.register_buffer("step", step.float())
+        step = step.float()
+        widest = torch.full_like(step, MAX_INTEGER)
+        self.register_buffer("step", step)
+        self.register_buffer("low", -widest if low is None else low.float())
+        self.register_buffer("high", widest if high is None else high.float())
+        self.register_buffer("spacing", torch.full_like(step, spacing))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantised weight, ``(O, ...)``."""
-        step = self.step.view(-1, *[1] * (weight.ndim - 1))
-        return _RoundToStep.apply(weight, step)  # type: ignore[no-any-return, no-untyped-call]
+        nearest = self._nearest(weight)
+        integers = self._bounded(nearest)
+        quantized = integers * self._rows(self.step, weight)
+        return _StraightThrough.apply(  # type: ignore[no-any-return, no-untyped-call]
+            weight, quantized, nearest - integers
+        )
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """Return the integers ``(O, ...)`` of a weight, as floats."""
+        return self._bounded(self._nearest(weight))
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        spacing = self._rows(self.spacing, weight)
+        offset = self._rows(self.low.remainder(self.spacing), weight)
+        places = (weight / self._rows(self.step, weight) - offset) / spacing
+        return torch.round(places) * spacing + offset
+
+    def _bounded(self, integers: Tensor) -> Tensor:
+        return integers.clamp(self._rows(self.low, integers), self._rows(self.high, integers))
+
+    @staticmethod
+    def _rows(values: Tensor, weight: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (weight.ndim - 1))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Keep an assigned weight as the one to learn with."""
@@ -92,26 +133,51 @@ class Projected(nn.Sequential):
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tell whether a layer computes with a quantised weight."""
-    return parametrize.is_parametrized(module, "weight")
+    """Tell whether a layer computes with integers and steps."""
+    return isinstance(_form(module), Quantized)
 
 
-def quantize_(module: nn.Module, step: Tensor) -> None:
-    """Make a plain layer compute with multiples of a step.
+def _form(module: nn.Module) -> nn.Module | None:
+    """Return what makes a layer's weight from fewer numbers, None for a plain layer."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return module.get_submodule("parametrizations.weight.0")
+
+
+def quantize_(
+    module: nn.Module,
+    step: Tensor,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    spacing: int = 1,
+) -> None:
+    """Make a plain layer compute with integers and steps.
 
     Args:
         module: A convolution or linear layer, changed in place.
         step: ``(O,)`` positive, one step per output channel; raised where integers would be beyond
-            16 bits.
+            16 bits, if there are no bounds.
+        low: ``(O,)`` the smallest integer of each row; see `Quantized`.
+        high: ``(O,)`` the largest integer of each row.
+        spacing: Of the integers.
     """
-    largest = latent_weight(module).flatten(1).abs().amax(dim=1)
-    step = torch.maximum(step, largest / MAX_INTEGER)
-    parametrize.register_parametrization(module, "weight", Quantized(step))
+    if low is None:
+        largest = latent_weight(module).flatten(1).abs().amax(dim=1)
+        step = torch.maximum(step, largest / MAX_INTEGER)
+    parametrize.register_parametrization(module, "weight", Quantized(step, low, high, spacing))
 
 
 def step_of(module: nn.Module) -> Tensor:
     """Return the ``(O,)`` steps of a quantised layer."""
     return module.get_buffer("parametrizations.weight.0.step")
+
+
+def integers_of(module: nn.Module) -> Tensor:
+    """Return the integers ``(O, ...)`` that a quantised layer computes with, as floats."""
+    form = _form(module)
+    if not isinstance(form, Quantized):
+        raise ValueError(f"module must be a quantised layer, got {module}")
+    return form.integers(latent_weight(module))
 
 
 def latent_weight(module: nn.Module) -> Tensor:
