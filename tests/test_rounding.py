@@ -167,3 +167,13 @@ def test_steps_too_fine_for_16_bits_are_coarsened():
     quantize_compensated_(layer, correlated(5, 9), 1e-20)
     units = layer.weight.detach() / step_of(layer)[:, None]
     assert 2**14 < float(units.abs().max()) < 2**15
+
+
+def test_second_moments_that_are_indefinite_by_rounding_are_damped_until_they_are_not():
+    moments = correlated(8, 30)
+    values, vectors = torch.linalg.eigh(moments.inputs[0])
+    values[:3] = -0.01 * values[-1]
+    moments = Moments((vectors * values @ vectors.T)[None], moments.gain)
+    weight, steps = draw(8, 30), torch.full((8,), 0.4)
+    units = round_compensated(weight, steps, moments, FREE)
+    assert (units * 0.4 - weight).abs().max() < 2

@@ -103,9 +103,15 @@ def _inverse_factor(second: Tensor) -> Tensor:
     """Return upper triangular ``U`` with ``U^T U`` the inverse of second moments ``(G, d, d)``."""
     power = second.diagonal(dim1=1, dim2=2)
     ridge = DAMPING * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24
-    safe = second + torch.diag_embed(ridge[:, None].expand_as(power))
-    # with the order of rows and columns turned round, the factor of the inverse is an inverse
-    upper = torch.linalg.cholesky(safe.flip(1, 2)).flip(1, 2)
+    failed = torch.ones(len(second), dtype=torch.bool)
+    while failed.any():
+        safe = second + torch.diag_embed(ridge[:, None].expand_as(power))
+        # with rows and columns in reverse order, the factor of the inverse is an inverse
+        hopeless = not bool(torch.isfinite(ridge).all())
+        lower, info = torch.linalg.cholesky_ex(safe.flip(1, 2), check_errors=hopeless)
+        failed = info > 0  # single precision has left directions with less than no power
+        ridge = torch.where(failed, 10 * ridge, ridge)
+    upper = lower.flip(1, 2)
     identity = torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
     factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor
