@@ -11,15 +11,16 @@ from torch import nn
 from filterpress import codec
 from filterpress.allocation import (
     SLOPE,
+    Option,
     Rates,
     channel_moments,
     group_filters,
     input_subspaces,
-    meet,
     options,
     steps_of,
     unit_steps,
 )
+from filterpress.fitting import meet
 from filterpress.statistics import Moments, measure
 from filterpress.surgery import layers
 from tests import networks
@@ -69,7 +70,7 @@ def candidates():
 
 
 def n_bytes_of(allocation):
-    return sum(sum(split) for split in allocation.n_bytes.values())
+    return allocation.total_bytes
 
 
 def test_rounding_at_theta_costs_a_twelfth_of_it_a_weight():
@@ -132,23 +133,23 @@ def test_the_allocation_is_the_best_of_all_combinations(candidates, theta):
         assert mine == pytest.approx(SLOPE * theta * n_bytes_of(alone[name, number]), rel=1e-3)
 
 
+def test_options_of_fixed_bytes_compete_with_blocks():
+    whole = options(nn.Conv2d(6, 12, 3), white(nn.Conv2d(6, 12, 3)))[0]
+    alone = Rates({"layer": [whole]}).allocate(1e-3)
+    cost = alone.damage + SLOPE * 1e-3 * n_bytes_of(alone)
+    for share in (0.99, 1.01):
+        fixed = Option(0, None, (), 0.5 * cost, n_bytes=0.5 * share * cost / (SLOPE * 1e-3), bits=3)
+        found = Rates({"layer": [whole, fixed]}).allocate(1e-3)
+        assert found.chosen["layer"].bits == (3 if share < 1 else 0)
+        if share < 1:
+            assert found.damage == pytest.approx(fixed.damage)
+            assert n_bytes_of(found) == pytest.approx(fixed.n_bytes)
+
+
 def test_a_layer_of_low_rank_is_projected_to_it_and_one_of_full_rank_is_not(candidates):
     found = Rates(candidates).allocate(1e-4).chosen
     assert 3 <= found["low"].rank <= 4
     assert found["full"].rank == 0
-
-
-@pytest.mark.parametrize("target", [3.0, 117.0, 10_000.0])
-def test_meet_finds_the_smallest_theta_that_meets_the_target(target):
-    theta = meet(lambda theta: 1000 / theta, target)
-    assert 1000 / theta <= target
-    assert theta == pytest.approx(1000 / target, rel=2e-3)
-
-
-def test_meet_returns_its_largest_theta_for_what_cannot_be_met():
-    theta = meet(lambda theta: 5.0 + 1 / theta, 4.0)
-    assert math.isfinite(theta)
-    assert theta > 1e9
 
 
 @pytest.mark.parametrize("target", [600, 1200, 2000])

@@ -192,7 +192,7 @@ def test_a_group_is_folded_where_that_pays_and_as_a_whole(network):
     assert any(o.folded for o in coarse.chosen.values())
 
     def cost(allocation):
-        n_bytes = sum(sum(split) for split in allocation.n_bytes.values())
+        n_bytes = allocation.total_bytes
         return allocation.damage + SLOPE * 1e-1 * n_bytes
 
     assert cost(coarse) < cost(Rates(alone).allocate(1e-1))

@@ -10,7 +10,8 @@ when
 
 (``g`` and ``a`` as in `statistics`), which is where no bit can be moved from one weight to another
 with profit. There the damage saved by a byte is ``theta`` times `SLOPE`, and each layer by itself
-takes the option of least damage + slope * bytes. Bisection on ``theta`` meets the budget.
+takes the option of least damage + slope * bytes. Bisection on ``theta`` meets the budget (see
+`fitting`).
 
 Reference:
     Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988; reverse
@@ -20,7 +21,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,8 @@ class Option(NamedTuple):
     blocks: tuple[Block, ...]
     damage: float
     folded: bool = False  # the projection is in the neighbours, with which the layer must agree
+    n_bytes: float = 0.0  # in place of blocks, whatever theta is
+    bits: int = 0  # width of its integers, if these do not follow from theta
 
     @property
     def groups(self) -> int:
@@ -79,8 +82,24 @@ class Allocation(NamedTuple):
 
     theta: float
     chosen: dict[str, Option]
-    n_bytes: dict[str, tuple[float, ...]]  # of each layer's blocks
+    n_bytes: dict[str, tuple[float, ...]]  # of each layer's blocks, or of it as a whole
     damage: float
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes of all layers."""
+        return sum(sum(split) for split in self.n_bytes.values())
+
+    @property
+    def forms(self) -> list[tuple[str, int, int, bool, int]]:
+        """What becomes of each layer, but for the steps that follow from ``theta``."""
+        chosen = sorted(self.chosen.items())
+        return [(name, o.rank, o.groups, o.folded, o.bits) for name, o in chosen]
+
+    @property
+    def scale(self) -> float:
+        """Return ``theta``, or 1 where nothing follows from it."""
+        return self.theta if any(option.blocks for option in self.chosen.values()) else 1.0
 
 
 def unit_steps(gain: Tensor, power: Tensor) -> Tensor:
@@ -311,12 +330,14 @@ class Rates:
             {name: self._number(found) for name, found in fold.items()} for fold in folds
         ]
         blocks = [(i, b) for i, option in enumerate(self.options) for b in option.blocks]
-        self.owner = torch.tensor([i for i, _ in blocks])  # (B,) option of each block
-        self.units = torch.stack([b.units for _, b in blocks])  # (B, SAMPLES)
-        self.noise = torch.stack([b.noise for _, b in blocks])
+        self.owner = torch.tensor([i for i, _ in blocks], dtype=torch.long)  # (B,) option of each
+        none = torch.empty(0, SAMPLES)
+        self.units = torch.stack([b.units for _, b in blocks]) if blocks else none  # (B, SAMPLES)
+        self.noise = torch.stack([b.noise for _, b in blocks]) if blocks else none
         self.n_weights = torch.tensor([float(b.n_weights) for _, b in blocks])
         self.side = torch.tensor([b.side_bits for _, b in blocks])
         self.damage = torch.tensor([option.damage for option in self.options])  # (P,)
+        self.n_bytes = torch.tensor([option.n_bytes for option in self.options])
 
     def _number(self, found: Sequence[Option]) -> Tensor:
         """List options; return their places in the list."""
@@ -333,8 +354,7 @@ class Rates:
     def allocate(self, theta: float) -> Allocation:
         """Take the best option of every layer at one ``theta``."""
         n_bytes, damage = self.blocks_at(theta)
-        zeros = torch.zeros(len(self.options))
-        total_bytes = zeros.index_add(0, self.owner, n_bytes)
+        total_bytes = self.n_bytes.index_add(0, self.owner, n_bytes)
         total_damage = self.damage.index_add(0, self.owner, damage)
         cost = total_damage + SLOPE * theta * total_bytes
         best = {name: int(mine[cost[mine].argmin()]) for name, mine in self.alone.items()}
@@ -345,7 +365,11 @@ class Rates:
         return Allocation(
             theta,
             {name: self.options[number] for name, number in best.items()},
-            {n: tuple(n_bytes[self.owner == number].tolist()) for n, number in best.items()},
+            {
+                name: tuple(n_bytes[self.owner == number].tolist())
+                or (self.options[number].n_bytes,)
+                for name, number in best.items()
+            },
             float(total_damage[list(best.values())].sum()),
         )
 
@@ -385,25 +409,3 @@ def _round_blocks(
             entropy[b] -= c_log_c[count] / n_weights
         damage[b] = error * step**2 / n_weights
     return entropy, damage
-
-
-def meet(spend: Callable[[float], float], target: float) -> float:
-    """Find the smallest ``theta`` at which no more than ``target`` bytes are spent.
-
-    Args:
-        spend: Function of ``theta`` that returns bytes, falling.
-        target: Bytes, positive.
-
-    Returns:
-        ``theta``, to within 0.1 %; the largest tried where even that spends too much.
-    """
-    low, high = -60.0, 60.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if spend(math.exp(middle)) > target:
-            low = middle
-        else:
-            high = middle
-        if high - low < 1e-3:
-            break
-    return math.exp(high)

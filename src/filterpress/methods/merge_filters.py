@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from filterpress import statistics
-from filterpress.allocation import SLOPE, Allocation, Rates, meet, options
+from filterpress.allocation import SLOPE, Allocation, Rates, options
 from filterpress.clustering import kmeans
 from filterpress.compensation import ChannelStatistics, channel_statistics, cut_compensated_
+from filterpress.fitting import meet
 from filterpress.methods import Outcome
 from filterpress.progress import progress
 from filterpress.statistics import Moments
@@ -125,7 +126,7 @@ def choose_levels(
 
     def pick(theta: float) -> tuple[list[int], float]:
         allocation = rates.allocate(theta)
-        spent = sum(sum(split) for split in allocation.n_bytes.values())
+        spent = allocation.total_bytes
         picked = []
         for group, level in zip(groups, levels, strict=True):
             saved = level.share * bytes_of_channels(group, allocation)

@@ -22,8 +22,6 @@ Reference:
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,11 +36,10 @@ from filterpress.allocation import (
     Option,
     Rates,
     channel_moments,
-    meet,
     options,
 )
 from filterpress.compensation import refit_projected
-from filterpress.errors import ModelError
+from filterpress.fitting import fingerprint, fit_budget
 from filterpress.folding import (
     LinearChannels,
     fold_,
@@ -56,12 +53,6 @@ from filterpress.representations import ChannelOrder, Layer, Projected, like
 from filterpress.rounding import quantize_compensated_
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
-
-log = logging.getLogger(__name__)
-
-ATTEMPTS = 8  # sizes tried until the real one meets the budget
-Attempt = tuple[int, nn.Module, Allocation]  # bytes of the file, network, how it came about
-CLOSE = 0.97  # a file this close below the budget is good enough
 
 
 class Source(NamedTuple):
@@ -120,7 +111,7 @@ def project_channels(
         config: How to choose.
         max_bytes: Largest encoded file.
         size: Size of the encoded file of a network.
-        avoid: Allocations, by `fingerprint`, that have failed before.
+        avoid: Allocations, by `fitting.fingerprint`, that have failed before.
         seed: Seed of the statistics.
 
     Returns:
@@ -138,28 +129,15 @@ def project_channels(
     rates = _rates(source, config, seed)
     if config.max_shrink:
         max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
-    aim = target = max_bytes * (1 - config.headroom)
-    best: Attempt | None = None
-    tried = 0.0
-    for _ in range(ATTEMPTS):
-        allocation = rates.allocate(meet(lambda theta: _spent(rates.allocate(theta)), target))
-        if fingerprint(allocation) in avoid:
-            target = 0.95 * min(target, _spent(allocation))  # the budget may not bind
-            continue
-        if allocation.theta == tried:
-            break  # the budget does not bind: nothing else will come
-        tried = allocation.theta
-        result = apply(source, allocation)
-        real = size(result)
-        log.info("theta %.3g: %d bytes of %d", allocation.theta, real, max_bytes)
-        best = _better(best, (real, result, allocation), aim)
-        if CLOSE * aim <= real <= aim:
-            break
-        fixed = real - _spent(allocation)  # what the model of sizes leaves out
-        target = max(aim - fixed, 0.5 * target)
-    if best is None:
-        raise ModelError("every allocation for this budget has failed before: change max_size")
-    return _outcome(*best[1:])
+    best = fit_budget(
+        rates,
+        lambda allocation: apply(source, allocation),
+        size,
+        max_bytes=max_bytes,
+        headroom=config.headroom,
+        avoid=avoid,
+    )
+    return _outcome(best.model, best.allocation)
 
 
 def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
@@ -176,30 +154,6 @@ def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
             folds.append(fold_options(source.network, channels, source.moments, seed=seed))
             advance()
     return Rates(candidates, folds)
-
-
-def _better(best: Attempt | None, new: Attempt, aim: float) -> Attempt:
-    """Prefer the largest file within the aim, else the smallest one."""
-    if best is None:
-        return new
-    fits = [attempt for attempt in (best, new) if attempt[0] <= aim]
-    return max(fits, key=_bytes) if fits else min(best, new, key=_bytes)
-
-
-def _bytes(attempt: Attempt) -> int:
-    return attempt[0]
-
-
-def _spent(allocation: Allocation) -> float:
-    return sum(sum(split) for split in allocation.n_bytes.values())
-
-
-def fingerprint(allocation: Allocation) -> str:
-    """Name an allocation by what it does to each layer, steps to a tenth of an octave."""
-    forms = [(n, o.rank, o.groups, o.folded) for n, o in sorted(allocation.chosen.items())]
-    return hashlib.sha256(
-        repr((forms, round(math.log2(allocation.theta) * 5))).encode()
-    ).hexdigest()[:16]
 
 
 def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:

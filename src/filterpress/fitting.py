@@ -1,0 +1,137 @@
+"""Allocate, build and encode a network until its real file meets a budget.
+
+The allocator knows what the weights take in the file, nearly; graph, header, biases and constants
+come on top. What one file has more than was allocated is left free in the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from filterpress.allocation import Allocation, Rates
+from filterpress.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+LARGEST_THETA = math.exp(60.0)  # at which bytes alone count
+ATTEMPTS = 8  # sizes tried until the real one meets the budget
+CLOSE = 0.97  # a file this close below the budget is good enough
+
+
+class Attempt(NamedTuple):
+    """A network that was built and encoded."""
+
+    n_bytes: int  # of the file
+    model: nn.Module
+    allocation: Allocation
+
+
+def fit_budget(
+    rates: Rates,
+    build: Callable[[Allocation], nn.Module],
+    size: Callable[[nn.Module], int],
+    *,
+    max_bytes: int,
+    headroom: float,
+    avoid: frozenset[str],
+) -> Attempt:
+    """Build networks from allocations until the file of one meets a budget.
+
+    Args:
+        rates: What every layer can become.
+        build: Makes the network of an allocation.
+        size: Size of the encoded file of a network.
+        max_bytes: Largest encoded file.
+        headroom: Share of it left free.
+        avoid: Allocations, by `fingerprint`, that have failed before.
+
+    Returns:
+        The largest file found within the budget less the headroom; where there is none, the
+        smallest file.
+
+    Raises:
+        ModelError: Every allocation found is one to avoid.
+    """
+    aim = target = max_bytes * (1 - headroom)
+    best: Attempt | None = None
+    tried = []
+    for _ in range(ATTEMPTS):
+        allocation = rates.allocate(meet(lambda t: rates.allocate(t).total_bytes, target))
+        spent = allocation.total_bytes
+        if fingerprint(allocation) in avoid:
+            target = 0.95 * min(target, spent)  # the budget may not bind
+            continue
+        if (allocation.forms, allocation.scale) in tried:
+            break  # nothing else will come
+        tried.append((allocation.forms, allocation.scale))
+        new = _attempt(allocation, build, size)
+        log.info("theta %.3g: %d bytes of %d", allocation.theta, new.n_bytes, max_bytes)
+        best = _better(best, new, aim)
+        if CLOSE * aim <= new.n_bytes <= aim:
+            break
+        fixed = new.n_bytes - spent  # what the model of sizes leaves out
+        target = max(aim - fixed, 0.5 * target)
+        if new.n_bytes > aim:
+            target = min(target, (1 - 1e-6) * spent)  # of whole widths, much may be left unspent
+    if best is None:
+        raise ModelError("every allocation for this budget has failed before: change max_size")
+    least = rates.allocate(LARGEST_THETA)
+    unseen = (least.forms, least.scale) not in tried and fingerprint(least) not in avoid
+    if best.n_bytes > max_bytes and unseen:
+        best = _better(best, _attempt(least, build, size), aim)
+    return best
+
+
+def meet(spend: Callable[[float], float], target: float) -> float:
+    """Find the smallest ``theta`` at which no more than ``target`` bytes are spent.
+
+    Args:
+        spend: Function of ``theta`` that returns bytes, falling.
+        target: Bytes, positive.
+
+    Returns:
+        ``theta``, to within 0.1 %; `LARGEST_THETA` where even that spends too much.
+    """
+    low, high = -math.log(LARGEST_THETA), math.log(LARGEST_THETA)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if spend(math.exp(middle)) > target:
+            low = middle
+        else:
+            high = middle
+        if high - low < 1e-3:
+            break
+    return math.exp(high)
+
+
+def _attempt(
+    allocation: Allocation,
+    build: Callable[[Allocation], nn.Module],
+    size: Callable[[nn.Module], int],
+) -> Attempt:
+    model = build(allocation)
+    return Attempt(size(model), model, allocation)
+
+
+def _better(best: Attempt | None, new: Attempt, aim: float) -> Attempt:
+    """Prefer the largest file within the aim, else the smallest one."""
+    if best is None:
+        return new
+    fits = [attempt for attempt in (best, new) if attempt.n_bytes <= aim]
+    return max(fits, key=_bytes) if fits else min(best, new, key=_bytes)
+
+
+def _bytes(attempt: Attempt) -> int:
+    return attempt.n_bytes
+
+
+def fingerprint(allocation: Allocation) -> str:
+    """Name an allocation by what it does to each layer, steps to a tenth of an octave."""
+    octaves = round(math.log2(allocation.scale) * 5)
+    return hashlib.sha256(repr((allocation.forms, octaves)).encode()).hexdigest()[:16]
