@@ -43,7 +43,7 @@ def build(
         seed: Decides the weights; the global generator is left as it was.
 
     Returns:
-        The network, in training mode.
+        The network, in float32 and in training mode.
 
     Raises:
         ValueError: There is no such network.
@@ -61,6 +61,7 @@ def build(
         raise ModelError(f"{model} must return a torch.nn.Module, got {type(network).__name__}")
     if bound := [n for n, m in network.named_modules() if parametrize.is_parametrized(m)]:
         raise ModelError(f"{model} must have no parametrised layers, got {bound[0]}: remove them")
+    network.float()
     _check_shapes(network, model, input_shape, n_classes)
     return network.train()
 
