@@ -96,6 +96,14 @@ def test_the_integers_of_a_layer_are_those_it_computes_with(convolution):
         integers_of(nn.Linear(3, 2))
 
 
+def test_in_a_dead_zone_the_smaller_integer_wins():
+    quantized = Quantized(torch.tensor([0.5]), dead_zone=0.2)
+    units = torch.tensor([[0.0, 0.1, 0.69, 0.71, 1.69, 1.71, 40.69]])
+    expected = [[0, 0, 0, 1, 1, 2, 40]]
+    assert quantized.integers(0.5 * units).tolist() == expected
+    assert (-quantized.integers(-0.5 * units)).tolist() == expected
+
+
 def test_copies_are_independent(convolution):
     twin = copy.deepcopy(convolution)
     before = convolution.weight.detach().clone()

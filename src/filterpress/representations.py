@@ -43,12 +43,16 @@ class Quantized(nn.Module):
         low: ``(O,)`` the smallest integer of each row; without it, the smallest there is.
         high: ``(O,)`` the largest integer of each row.
         spacing: Of the integers in use, from ``low`` on: 1, or 2 for a grid of odd ones.
+        dead_zone: Steps by which a weight must be nearer to the integer farther from zero than to
+            the one below it, to become that. Above 0 training wastes no bits on weights that
+            hardly need them.
     """
 
     step: Tensor
     low: Tensor
     high: Tensor
     spacing: Tensor
+    dead_zone: Tensor
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Quantized(nn.Module):
         low: Tensor | None = None,
         high: Tensor | None = None,
         spacing: int = 1,
+        dead_zone: float = 0.0,
     ) -> None:
         super().__init__()
         step = step.float()
@@ -64,6 +69,7 @@ class Quantized(nn.Module):
         self.register_buffer("low", -widest if low is None else low.float())
         self.register_buffer("high", widest if high is None else high.float())
         self.register_buffer("spacing", torch.full_like(step, spacing))
+        self.register_buffer("dead_zone", torch.full_like(step, dead_zone))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantised weight, ``(O, ...)``."""
@@ -81,8 +87,9 @@ class Quantized(nn.Module):
     def _nearest(self, weight: Tensor) -> Tensor:
         spacing = self._rows(self.spacing, weight)
         offset = self._rows(self.low.remainder(self.spacing), weight)
-        places = (weight / self._rows(self.step, weight) - offset) / spacing
-        return torch.round(places) * spacing + offset
+        units = weight / self._rows(self.step, weight)
+        units = units - units.sign() * self._rows(self.dead_zone, weight)
+        return torch.round((units - offset) / spacing) * spacing + offset
 
     def _bounded(self, integers: Tensor) -> Tensor:
         return integers.clamp(self._rows(self.low, integers), self._rows(self.high, integers))
@@ -150,6 +157,7 @@ def quantize_(
     low: Tensor | None = None,
     high: Tensor | None = None,
     spacing: int = 1,
+    dead_zone: float = 0.0,
 ) -> None:
     """Make a plain layer compute with integers and steps.
 
@@ -160,11 +168,13 @@ def quantize_(
         low: ``(O,)`` the smallest integer of each row; see `Quantized`.
         high: ``(O,)`` the largest integer of each row.
         spacing: Of the integers.
+        dead_zone: In steps.
     """
     if low is None:
         largest = latent_weight(module).flatten(1).abs().amax(dim=1)
         step = torch.maximum(step, largest / MAX_INTEGER)
-    parametrize.register_parametrization(module, "weight", Quantized(step, low, high, spacing))
+    form = Quantized(step, low, high, spacing, dead_zone)
+    parametrize.register_parametrization(module, "weight", form)
 
 
 def step_of(module: nn.Module) -> Tensor:

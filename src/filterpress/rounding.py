@@ -7,7 +7,9 @@ what it errs is taken off the columns to come, by least squares: with the Choles
 :math:`\tfrac12 g e^2` and leaves :math:`w_{j>i} - e U_{ij}` to round.
 
 Each integer is the one of least damage + slope * bits, of the nearest one, the one below it in
-magnitude, and zero.
+magnitude, and zero. A weight that learns on is rounded with a dead zone, which is what that choice
+comes to on average: without it, training would move a part of the weights back to the integers that
+were not worth their bits.
 
 Reference:
     Frantar et al., "GPTQ", ICLR 2023, algorithm 1; the choice by rate and distortion as in
@@ -29,7 +31,8 @@ from filterpress.statistics import Moments
 DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
 COLUMNS = 128  # rounded at a time, before the others are corrected
 BITS_COUNT = 0.5  # of what a bit is worth to the allocator; more leaves too little to retrain
-INSIDE = 0.49  # of a step from an integer, where rounding surely gives it
+INSIDE = 0.49  # steps from the middle of an integer's cell to where rounding surely gives it
+DEAD_ZONE = 0.2  # steps by which cells lie farther from zero than their integers
 LARGEST = 255  # integers above have the code length of this one
 
 
@@ -46,10 +49,11 @@ def quantize_compensated_(layer: Layer, moments: Moments, theta: float) -> None:
     steps = steps_of(weight, moments, theta)
     steps = torch.maximum(steps, weight.flatten(1).abs().amax(dim=1) / MAX_INTEGER)
     units = round_compensated(weight, steps, moments, theta)
-    nearby = torch.clamp(weight.flatten(1) / steps[:, None], units - INSIDE, units + INSIDE)
+    middle, half = units + DEAD_ZONE * units.sign(), INSIDE + DEAD_ZONE * (units == 0)
+    nearby = torch.clamp(weight.flatten(1) / steps[:, None], middle - half, middle + half)
     with torch.no_grad():
         layer.weight.copy_((nearby * steps[:, None]).view_as(weight))
-    quantize_(layer, steps)
+    quantize_(layer, steps, dead_zone=DEAD_ZONE)
 
 
 def round_compensated(weight: Tensor, steps: Tensor, moments: Moments, theta: float) -> Tensor:
