@@ -16,7 +16,14 @@ from filterpress import codec, export
 from filterpress.codec.graph import fill, strip
 from filterpress.errors import ModelError
 from filterpress.export import to_graph
-from filterpress.representations import ChannelOrder, Projected, like, quantize_
+from filterpress.representations import (
+    ChannelOrder,
+    Projected,
+    like,
+    quantize_,
+    share_levels_,
+    without_quantization,
+)
 from filterpress.surgery import layers
 from tests import networks
 
@@ -56,7 +63,7 @@ def storable_(network):
 def fine(monkeypatch):
     """Round biases and constants so finely that nothing is left of it."""
     monkeypatch.setattr(export, "BIAS_LEVELS", 2**14)
-    monkeypatch.setattr(export, "CONSTANT_LEVELS", 2**20 - 1)
+    monkeypatch.setattr(export, "CONSTANT_LEVELS", 2**19)
 
 
 def assert_same(network, images=IMAGES, tolerance=1e-3):
@@ -221,6 +228,69 @@ def test_the_integers_are_those_the_network_computes_with():
     _, tensors = to_graph(nn.Sequential(layer, nn.Flatten()).eval(), networks.SHAPE)
     found = tensors["0.weight"].dequantize()
     assert np.array_equal(found, layer.weight.detach().numpy())
+
+
+def share_(layer, n_levels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = layer.weight.detach()
+    chosen = torch.randperm(weight.numel(), generator=generator)[:n_levels]
+    levels = weight.flatten()[chosen]  # in any order
+    share_levels_(layer, levels, (weight[..., None] - levels).abs().argmin(dim=-1))
+
+
+@pytest.mark.parametrize("n_levels", [4, 30])
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_decoded_file_gathers_weights_from_their_codebooks(name, n_levels, fine):
+    network = networks.make(name)
+    for layer in layers(network).values():
+        share_(layer, min(n_levels, layer.weight.numel()))
+    assert_same(network, tolerance=1e-2)  # so coarse, they leave little of the outputs
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_codebooks_and_steps_may_stand_side_by_side(case, fine):
+    network = storable_(ODD[case]())
+    for name, layer in list(layers(without_quantization(network, rounded=True)).items())[:1]:
+        network.set_submodule(name, layer)
+        share_(layer, 5)
+    assert_same(network)
+
+
+def test_codebooks_of_both_halves_of_a_projection_are_gathered(fine):
+    network = networks.make("residual")
+    for name in ("blocks.0.first.0", "classifier"):
+        layer = network.get_submodule(name)
+        n_out, n_in = layer.weight.shape[:2]
+        first = like(layer, n_in, 3) if isinstance(layer, nn.Linear) else nn.Conv2d(n_in, 3, 1)
+        network.set_submodule(name, Projected(first, like(layer, 3, n_out)))
+    for layer in layers(network).values():
+        share_(layer, 8)
+    assert_same(network.eval())
+
+
+def test_the_level_nearest_zero_has_index_zero_and_order_is_kept():
+    layer = nn.Linear(3, 2)
+    levels, indices = torch.tensor([2.0, -1.5, 0.25, -4.0]), torch.tensor([[0, 1, 2], [3, 2, 2]])
+    share_levels_(layer, levels, indices)
+    _, tensors = to_graph(nn.Sequential(nn.Flatten(), nn.Linear(128, 3), layer), networks.SHAPE)
+    assert tensors["2.weight"].integers.tolist() == [[1, -1, 0], [-2, 0, 0]]
+    stored = torch.from_numpy(tensors["2.levels"].dequantize())
+    torch.testing.assert_close(stored, torch.tensor([0.25, 2.0, -4.0, -1.5]), rtol=0, atol=1e-4)
+
+
+def test_a_codebook_that_nothing_reads_is_not_in_the_file():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.spare = nn.Linear(128, 5), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(x.flatten(1))
+
+    network = networks.randomise_(Half())
+    share_(network.spare, 4)
+    _, tensors = to_graph(network, networks.SHAPE)
+    assert set(tensors) == {"head.weight", "head.bias"}
 
 
 def test_the_file_takes_any_number_of_images():

@@ -10,7 +10,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from filterpress import codec
-from filterpress.errors import FilterpressError
+from filterpress.errors import FilterpressError, PackageError
 from filterpress.package import (
     Package,
     construct,
@@ -21,7 +21,7 @@ from filterpress.package import (
     read_description,
     save,
 )
-from filterpress.representations import ChannelOrder, Projected, like, quantize_
+from filterpress.representations import ChannelOrder, Projected, like, quantize_, share_levels_
 from filterpress.surgery import channel_groups, keep_channels_, layers
 from tests import networks
 
@@ -71,6 +71,20 @@ def quantised_(network):
         quantize_(layer, torch.full((len(layer.weight),), 0.03))
 
 
+def bounded_(network):
+    for layer in layers(network).values():
+        n = len(layer.weight)
+        bounds = torch.full((n,), -1.0), torch.arange(n) % 3 + 1.0
+        quantize_(layer, torch.full((n,), 0.1), *bounds, spacing=2)
+
+
+def shared_(network):
+    levels = torch.tensor([-0.3, -0.1, 0.05, 0.2, 0.4])
+    for layer in list(layers(network).values())[::2]:
+        distances = (layer.weight.detach()[..., None] - levels).abs()
+        share_levels_(layer, levels, distances.argmin(dim=-1))
+
+
 def pruned_(network):
     groups = channel_groups(network, IMAGES[:2])
     keep_channels_(network, groups, [torch.arange(g.n_channels) % 3 > 0 for g in groups])
@@ -86,6 +100,9 @@ def projected_(network):
 CHANGES = {
     "nothing": [],
     "quantised": [quantised_],
+    "bounded": [bounded_],
+    "shared": [shared_],
+    "projected and shared": [projected_, shared_],
     "pruned": [pruned_],
     "projected": [projected_],
     "all": [pruned_, projected_, quantised_],
@@ -106,6 +123,15 @@ def test_a_package_comes_back_bit_by_bit(name, change, tmp_path):
         assert getattr(back, field) == getattr(package, field)
     assert encode(back, back.network) == encode(package, network)
     assert files_of(written(back, tmp_path / "b")) == files_of(tmp_path / "a")
+
+
+def test_an_index_beyond_the_levels_is_refused(tmp_path):
+    network = networks.make("residual")
+    shared_(network)
+    indices = network.get_buffer("stem.0.parametrizations.weight.0.indices")
+    indices[0, 0, 0, 0] = 5
+    with pytest.raises(PackageError, match=r"indices of stem\.0 must be below 5"):
+        load(written(package_of("residual", network), tmp_path / "package"))
 
 
 def test_an_untouched_network_has_no_changes_to_describe(saved):

@@ -11,11 +11,15 @@ from filterpress.codec import quantize, snap
 from filterpress.representations import (
     ChannelOrder,
     Quantized,
+    has_codebook,
+    indices_of,
     integers_of,
     is_quantized,
     latent_weight,
+    levels_of,
     like,
     quantize_,
+    share_levels_,
     step_of,
     without_quantization,
 )
@@ -104,6 +108,58 @@ def test_in_a_dead_zone_the_smaller_integer_wins():
     assert (-quantized.integers(-0.5 * units)).tolist() == expected
 
 
+@pytest.fixture
+def shared():
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    indices = torch.arange(135).view(5, 3, 3, 3) % 4
+    share_levels_(layer, torch.tensor([-0.5, 0.0, 0.25, 1.0]), indices)
+    return layer
+
+
+def test_a_codebook_makes_each_weight_the_level_of_its_index(shared):
+    levels = [-0.5, 0.0, 0.25, 1.0]
+    assert shared.weight.flatten().tolist() == [levels[n % 4] for n in range(135)]
+    assert has_codebook(shared)
+    assert not is_quantized(shared)
+    assert indices_of(shared).flatten().tolist() == [n % 4 for n in range(135)]
+    assert latent_weight(shared).equal(shared.weight)
+    assert not has_codebook(nn.Linear(2, 2))
+
+
+def test_a_level_learns_by_the_sum_of_the_gradients_of_its_weights(shared):
+    direction = torch.randn(5, 3, 3, 3)
+    (shared.weight * direction).sum().backward()
+    expected = [direction[indices_of(shared) == level].sum() for level in range(4)]
+    torch.testing.assert_close(levels_of(shared).grad, torch.stack(expected))
+    assert {name for name, _ in shared.named_parameters()} == {
+        "bias",
+        "parametrizations.weight.original",
+    }
+
+
+def test_an_assigned_weight_gives_each_level_the_mean_of_its_weights(shared):
+    weight, before = torch.randn(5, 3, 3, 3), indices_of(shared)
+    shared.weight = weight
+    assert indices_of(shared).equal(before)
+    expected = torch.stack([weight[before == level].mean() for level in range(4)])
+    torch.testing.assert_close(levels_of(shared).detach(), expected)
+
+
+def test_a_level_without_weights_stays_finite():
+    layer = nn.Linear(3, 2)
+    share_levels_(layer, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[0, 0, 2], [2, 0, 0]]))
+    layer.weight = torch.ones(2, 3)
+    assert levels_of(layer).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_copies_of_a_codebook_are_independent(shared):
+    twin, before = copy.deepcopy(shared), shared.weight.detach().clone()
+    with torch.no_grad():
+        levels_of(twin).mul_(3.0)
+    assert shared.weight.equal(before)
+    assert twin.weight.equal(3 * before)
+
+
 def test_copies_are_independent(convolution):
     twin = copy.deepcopy(convolution)
     before = convolution.weight.detach().clone()
@@ -169,3 +225,18 @@ def test_a_network_without_quantisation_computes_the_same_when_rounded(name):
     torch.testing.assert_close(latent(images), plain_outputs, rtol=0, atol=1e-6)
     assert not torch.allclose(plain_outputs, quantized_outputs, atol=1e-3)
     assert is_quantized(next(m for m in network.modules() if isinstance(m, nn.Conv2d)))
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_a_network_without_codebooks_computes_the_same(name, rounded):
+    network, images = networks.make(name), networks.images(4)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            levels = torch.tensor([-0.2, 0.0, 0.1])
+            distances = (module.weight.detach()[..., None] - levels).abs()
+            share_levels_(module, levels, distances.argmin(dim=-1))
+    bare = without_quantization(network, rounded=rounded)
+    assert not any(has_codebook(module) for module in bare.modules())
+    assert bare(images).equal(network(images))
+    assert any(has_codebook(module) for module in network.modules())

@@ -3,6 +3,11 @@
 The graph is ONNX, because every runtime reads it. Batch-norm after a convolution disappears: its
 factor goes into the convolution's steps, which costs nothing, and its offset into the bias. What is
 left are integers and steps for every tensor of floats.
+
+A weight with a codebook is gathered from its levels, by an index for each weight. Indices count
+from the level nearest zero, below it downwards: most are small, and the coder takes them for the
+integers they are. ONNX's Gather counts negative indices from the end, so the levels below are
+stored there.
 """
 
 from __future__ import annotations
@@ -16,14 +21,17 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from filterpress.codec import QuantizedTensor, quantize, snap
 from filterpress.errors import ModelError
 from filterpress.representations import (
+    has_codebook,
+    indices_of,
     integers_of,
     is_quantized,
     latent_weight,
+    levels_of,
     step_of,
     without_quantization,
 )
@@ -42,6 +50,13 @@ class Weight(NamedTuple):
     step: NDArray[np.float64]  # (O,)
 
 
+class Shared(NamedTuple):
+    """A weight with a codebook, on the way into the file."""
+
+    indices: NDArray[np.int32]  # from the level nearest zero on
+    levels: NDArray[np.float32]  # from the one nearest zero up, then those below it
+
+
 def to_graph(
     model: nn.Module, input_shape: tuple[int, int, int]
 ) -> tuple[onnx.ModelProto, dict[str, QuantizedTensor]]:
@@ -58,13 +73,19 @@ def to_graph(
     Raises:
         ModelError: A weight is not finite, or the network cannot be exported.
     """
-    weights = {f"{name}.weight": _integers(name, layer) for name, layer in layers(model).items()}
+    weights, shared = {}, {}
+    for name, layer in layers(model).items():
+        _check_finite(f"weights of {name}", latent_weight(layer))
+        if has_codebook(layer):
+            shared[f"{name}.weight"] = _indices(layer)
+        else:
+            weights[f"{name}.weight"] = _integers(layer)
     graph = _export(model, input_shape)
     values = _resolve(graph)
+    tensors = _gather(graph, shared, values)
     _fold_norms(graph, weights, values)
-    tensors: dict[str, QuantizedTensor] = {}
     used = {name for node in graph.graph.node for name in node.input}
-    for name in [name for name in values if name in used]:
+    for name in [name for name in values if name in used and name not in tensors]:
         if name in weights:
             tensors[name] = QuantizedTensor(weights[name].integers, snap(weights[name].step))
         elif values[name].dtype == np.float32:
@@ -73,17 +94,28 @@ def to_graph(
     return graph, tensors
 
 
-def _integers(name: str, layer: nn.Module) -> Weight:
-    weight = latent_weight(layer)
-    if not torch.isfinite(weight).all():
-        raise ModelError(f"the weights of {name} must be finite, got NaN or infinity")
+def _integers(layer: nn.Module) -> Weight:
     if is_quantized(layer):
         integers, step = integers_of(layer), step_of(layer)
     else:
+        weight = latent_weight(layer)
         largest = weight.flatten(1).abs().amax(dim=1)
         step = torch.where(largest > 0, largest / DEFAULT_LEVELS, 1.0)
         integers = torch.round(weight / step.view(-1, *[1] * (weight.ndim - 1)))
     return Weight(integers.int().cpu().numpy(), step.double().cpu().numpy())
+
+
+def _indices(layer: nn.Module) -> Shared:
+    """Count the levels of a codebook, in order of size, from the one nearest zero."""
+    levels, order = levels_of(layer).detach().cpu().sort()
+    zero = int(levels.abs().argmin())
+    ranks = order.argsort()[indices_of(layer).cpu()] - zero
+    return Shared(ranks.int().numpy(), levels.roll(-zero).numpy())
+
+
+def _check_finite(what: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise ModelError(f"the {what} must be finite, got NaN or infinity")
 
 
 def _export(model: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -140,6 +172,29 @@ def _redirect(graph: onnx.ModelProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
+def _gather(
+    graph: onnx.ModelProto, shared: dict[str, Shared], values: dict[str, NDArray[np.generic]]
+) -> dict[str, QuantizedTensor]:
+    """Let nodes gather weights from levels; return the tensors that they gather by and from."""
+    tensors = {}
+    read = {name for node in graph.graph.node for name in node.input}
+    for name in [name for name in shared if name in read]:
+        indices, levels = shared[name]
+        whole, levels_name = f"{name}:indices", f"{name.removesuffix('weight')}levels"
+        made = f"{name}:gathered"
+        _redirect(graph, name, made)
+        gather = [
+            onnx.helper.make_node("Cast", [name], [whole], to=onnx.TensorProto.INT64),
+            onnx.helper.make_node("Gather", [levels_name, whole], [made]),
+        ]
+        for node in reversed(gather):
+            graph.graph.node.insert(0, node)
+        tensors[name] = QuantizedTensor(indices, snap(1.0))
+        tensors[levels_name] = _constant(levels_name, levels, fine=True)
+        values[name], values[levels_name] = indices.astype(np.float32), levels
+    return tensors
+
+
 def _fold_norms(
     graph: onnx.ModelProto, weights: dict[str, Weight], values: dict[str, NDArray[np.generic]]
 ) -> None:
@@ -192,15 +247,14 @@ def _scaled(weight: Weight, factor: NDArray[np.float64]) -> Weight:
     return Weight(weight.integers * sign, step)
 
 
-def _constant(name: str, value: NDArray[np.generic]) -> QuantizedTensor:
-    """Round a bias or another constant to a step of its own."""
+def _constant(name: str, value: NDArray[np.generic], *, fine: bool = False) -> QuantizedTensor:
+    """Round a bias or another constant to a step of its own, fine ones to 16 bits."""
     value = value.astype(np.float32)
-    if not np.isfinite(value).all():
-        raise ModelError(f"the values of {name} must be finite, got NaN or infinity")
+    _check_finite(f"values of {name}", torch.from_numpy(value))
     largest = float(np.abs(value).max(initial=0.0))
     if largest == 0:
         return quantize(value, snap(1.0))
-    if value.ndim == 1:
+    if value.ndim == 1 and not fine:
         typical = float(np.sqrt(np.mean(np.square(value, dtype=np.float64))))
         return quantize(value, snap(max(typical / BIAS_LEVELS, largest / CONSTANT_LEVELS)))
     return quantize(value, snap(largest / CONSTANT_LEVELS))

@@ -32,8 +32,13 @@ from filterpress.export import to_graph
 from filterpress.representations import (
     ChannelOrder,
     Projected,
+    has_codebook,
+    indices_of,
     is_quantized,
+    latent_weight,
+    levels_of,
     quantize_,
+    share_levels_,
     without_quantization,
 )
 
@@ -90,6 +95,9 @@ def save(package: Package, out: Path) -> None:
         "inputs": package.inputs,
         "layers": describe_changes(package),
         "quantized": [n for n, m in package.network.named_modules() if is_quantized(m)],
+        "codebooks": {
+            n: len(levels_of(m)) for n, m in package.network.named_modules() if has_codebook(m)
+        },
         "baseline": package.baseline,
         "history": list(package.history),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -121,7 +129,14 @@ def load(path: Path) -> Package:
         state = load_tensors(weights)
         for name in description["quantized"]:
             quantize_(network.get_submodule(name), torch.ones(_n_outputs(network, name)))
+        codebooks = description.get("codebooks", {})  # older packages know none
+        for name, n_levels in codebooks.items():
+            layer = network.get_submodule(name)
+            share_levels_(layer, torch.zeros(n_levels), torch.zeros_like(latent_weight(layer)))
         network.load_state_dict(state)
+        for name, n_levels in codebooks.items():
+            if indices_of(network.get_submodule(name)).max() >= n_levels:
+                raise ValueError(f"indices of {name} must be below {n_levels}")
         history = tuple(description["history"])
     except (
         KeyError,

@@ -1,7 +1,8 @@
 """Layers whose weight is made of fewer numbers, and layers that replace another.
 
-`Quantized` is a parametrisation: the layer keeps a floating-point weight to learn with, and
-computes with the nearest multiples of a step, exactly those that the codec stores. `Projected`
+Two parametrisations make a weight of what the codec stores. With `Quantized` a layer keeps a
+floating-point weight to learn with, and computes with the nearest integers times a step. With
+`Codebook` it learns a few levels, and which of them a weight is stays as it was chosen. `Projected`
 stands for one convolution by two smaller ones.
 """
 
@@ -103,6 +104,33 @@ class Quantized(nn.Module):
         return weight
 
 
+class Codebook(nn.Module):
+    """Parametrisation of a weight by a few levels, which learn, and an index for each weight.
+
+    Args:
+        indices: ``(O, ...)`` level of each weight, from 0 on.
+        n_levels: Number of levels, at most 256.
+    """
+
+    indices: Tensor
+
+    def __init__(self, indices: Tensor, n_levels: int) -> None:
+        super().__init__()
+        self.n_levels = n_levels
+        self.register_buffer("indices", indices.to(torch.uint8))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """Return the weight, ``(O, ...)``, for levels ``(K,)``."""
+        return levels.index_select(0, self.indices.flatten().int()).view(self.indices.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the mean of an assigned weight over the weights of each level."""
+        indices = self.indices.flatten().int()
+        totals = weight.new_zeros(self.n_levels).index_add(0, indices, weight.flatten())
+        counts = torch.bincount(indices, minlength=self.n_levels)
+        return totals / counts.clamp(min=1)
+
+
 class ChannelOrder(nn.Module):
     """Put the channels of a feature map in another order.
 
@@ -144,6 +172,11 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(_form(module), Quantized)
 
 
+def has_codebook(module: nn.Module) -> bool:
+    """Tell whether a layer computes with the levels of a codebook."""
+    return isinstance(_form(module), Codebook)
+
+
 def _form(module: nn.Module) -> nn.Module | None:
     """Return what makes a layer's weight from fewer numbers, None for a plain layer."""
     if not parametrize.is_parametrized(module, "weight"):
@@ -177,6 +210,29 @@ def quantize_(
     parametrize.register_parametrization(module, "weight", form)
 
 
+def share_levels_(module: nn.Module, levels: Tensor, indices: Tensor) -> None:
+    """Make a plain layer compute with the levels of a codebook.
+
+    Args:
+        module: A convolution or linear layer, changed in place.
+        levels: ``(K,)``, K at most 256.
+        indices: The level of each weight, of the weight's shape.
+    """
+    parametrize.register_parametrization(module, "weight", Codebook(indices, len(levels)))
+    with torch.no_grad():
+        levels_of(module).copy_(levels)
+
+
+def levels_of(module: nn.Module) -> Tensor:
+    """Return the ``(K,)`` levels that a layer with a codebook learns."""
+    return module.get_parameter("parametrizations.weight.original")
+
+
+def indices_of(module: nn.Module) -> Tensor:
+    """Return the level ``(O, ...)`` of each weight of a layer with a codebook."""
+    return module.get_buffer("parametrizations.weight.0.indices").long()
+
+
 def step_of(module: nn.Module) -> Tensor:
     """Return the ``(O,)`` steps of a quantised layer."""
     return module.get_buffer("parametrizations.weight.0.step")
@@ -191,10 +247,10 @@ def integers_of(module: nn.Module) -> Tensor:
 
 
 def latent_weight(module: nn.Module) -> Tensor:
-    """Return the floating-point weight that a layer learns with, quantised or not."""
+    """Return the floating-point weight that a layer learns with; with a codebook, its levels'."""
     if is_quantized(module):
         return module.get_parameter("parametrizations.weight.original").detach()
-    return module.get_parameter("weight").detach()
+    return module.weight.detach()  # type: ignore[operator]
 
 
 def like(layer: Layer, n_in: int, n_out: int, groups: int = 1) -> Layer:
@@ -227,7 +283,7 @@ def without_quantization(model: nn.Module, *, rounded: bool) -> nn.Module:
     """
     result = copy.deepcopy(model).eval()
     for name, module in list(model.named_modules()):
-        if is_quantized(module) and isinstance(module, nn.Conv2d | nn.Linear):
+        if _form(module) is not None and isinstance(module, nn.Conv2d | nn.Linear):
             n_out, n_in = module.weight.shape[:2]
             groups = module.groups if isinstance(module, nn.Conv2d) else 1
             # A new layer: removing a parametrisation would break every copy of the network, because
