@@ -11,6 +11,7 @@ from filterpress.codec import quantize, snap
 from filterpress.representations import (
     ChannelOrder,
     Quantized,
+    coarsen_,
     has_codebook,
     indices_of,
     integers_of,
@@ -46,15 +47,26 @@ def test_the_layer_computes_with_exactly_what_the_codec_stores(convolution):
 
 def test_each_row_has_a_step_of_its_own():
     quantized = Quantized(torch.tensor([0.5, 2.0]))
-    found = quantized(torch.tensor([[0.6, -1.3], [0.9, 3.1]]))
+    found = quantized(torch.tensor([[1.2, -2.6], [0.45, 1.55]]))
     assert found.tolist() == [[0.5, -1.5], [0.0, 4.0]]
 
 
-def test_the_gradient_passes_to_the_weight_underneath_unchanged(convolution):
+def test_the_weight_underneath_learns_in_steps(convolution):
     direction = torch.randn(5, 3, 3, 3)
     (convolution.weight * direction).sum().backward()
     original = convolution.parametrizations.weight.original
-    torch.testing.assert_close(original.grad, direction, rtol=0, atol=0)
+    expected = direction * step_of(convolution)[:, None, None, None]
+    torch.testing.assert_close(original.grad, expected, rtol=0, atol=0)
+
+
+def test_coarser_steps_leave_the_weight_underneath_where_it_is(convolution):
+    before, steps = latent_weight(convolution), step_of(convolution).clone()
+    factor = torch.tensor([1.0, 2.0, 3.0, 1.5, 1.03])
+    coarsen_(convolution, factor)
+    torch.testing.assert_close(latent_weight(convolution), before)
+    torch.testing.assert_close(step_of(convolution), steps * factor)
+    rounded = torch.round(before / (steps * factor)[:, None, None, None])
+    assert integers_of(convolution).equal(rounded)
 
 
 def test_steps_do_not_learn(convolution):
@@ -66,19 +78,19 @@ def test_steps_do_not_learn(convolution):
 def test_integers_stay_within_the_bounds_of_their_row():
     low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 7.0])
     quantized = Quantized(torch.tensor([0.5, 0.1]), low, high)
-    weight = torch.tensor([[0.6, -3.0, 9.0], [0.31, -0.2, 5.0]])
-    assert quantized.integers(weight).tolist() == [[1, -1, 1], [3, 0, 7]]
+    units = torch.tensor([[1.2, -6.0, 18.0], [3.1, -2.0, 50.0]])
+    assert quantized.integers(units).tolist() == [[1, -1, 1], [3, 0, 7]]
     expected = torch.tensor([[0.5, -0.5, 0.5], [0.3, 0.0, 0.7]])
-    torch.testing.assert_close(quantized(weight), expected)
+    torch.testing.assert_close(quantized(units), expected)
 
 
 def test_a_grid_of_odd_integers_has_the_nearest_of_them():
     low, high = torch.tensor([-3.0]), torch.tensor([3.0])
     quantized = Quantized(torch.tensor([0.5]), low, high, spacing=2)
-    weight = torch.tensor([[-9.0, -1.1, -0.9, -0.01, 0.01, 0.99, 1.01, 9.0]])
+    units = torch.tensor([[-18.0, -2.2, -1.8, -0.02, 0.02, 1.98, 2.02, 18.0]])
     odd = torch.tensor([-3.0, -1.0, 1.0, 3.0])
-    nearest = odd[(weight[..., None] / 0.5 - odd).abs().argmin(dim=-1)]
-    assert quantized.integers(weight).equal(nearest)
+    nearest = odd[(units[..., None] - odd).abs().argmin(dim=-1)]
+    assert quantized.integers(units).equal(nearest)
 
 
 def test_no_gradient_leads_a_weight_further_out_of_the_bounds():
@@ -90,7 +102,7 @@ def test_no_gradient_leads_a_weight_further_out_of_the_bounds():
     direction = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])  # descent goes the other way
     (layer.weight * direction).sum().backward()
     gradient = layer.parametrizations.weight.original.grad
-    assert gradient.tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+    assert gradient.tolist() == [[-0.5, 0.0, 0.0, 0.5]]
 
 
 def test_the_integers_of_a_layer_are_those_it_computes_with(convolution):
@@ -104,8 +116,8 @@ def test_in_a_dead_zone_the_smaller_integer_wins():
     quantized = Quantized(torch.tensor([0.5]), dead_zone=0.2)
     units = torch.tensor([[0.0, 0.1, 0.69, 0.71, 1.69, 1.71, 40.69]])
     expected = [[0, 0, 0, 1, 1, 2, 40]]
-    assert quantized.integers(0.5 * units).tolist() == expected
-    assert (-quantized.integers(-0.5 * units)).tolist() == expected
+    assert quantized.integers(units).tolist() == expected
+    assert (-quantized.integers(-units)).tolist() == expected
 
 
 @pytest.fixture
@@ -173,8 +185,8 @@ def test_copies_are_independent(convolution):
 def test_an_assigned_weight_is_kept_unrounded(convolution):
     weight = torch.randn(5, 3, 3, 3)
     convolution.weight = weight
-    assert latent_weight(convolution).equal(weight)
-    assert not convolution.weight.equal(weight)
+    torch.testing.assert_close(latent_weight(convolution), weight)
+    assert not convolution.weight.allclose(weight)
 
 
 def test_a_plain_layer_is_not_quantised_and_learns_with_its_weight():

@@ -20,12 +20,12 @@ MAX_INTEGER = 2**15 - 1  # of a quantised weight; finer steps would cost bits fo
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A quantised weight; the gradient passes to the one underneath, unless it leads away."""
+    """Integers; the gradient passes to what was rounded, unless it leads out of the bounds."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor, beyond: Tensor) -> Tensor:
+    def forward(ctx: Any, units: Tensor, integers: Tensor, beyond: Tensor) -> Tensor:
         ctx.save_for_backward(beyond)
-        return quantized.clone()
+        return integers.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -36,8 +36,9 @@ class _StraightThrough(torch.autograd.Function):
 class Quantized(nn.Module):
     """Parametrisation of a weight by integers and one step per output channel.
 
-    The straight-through estimator trains the floating-point weight underneath. Steps do not learn:
-    trained by the task's loss alone they only shrink, and the file grows.
+    The straight-through estimator trains the unrounded weight underneath, in steps: where steps
+    were chosen so that one costs the same anywhere in the network, all weights learn at one pace.
+    Steps do not learn: trained by the task's loss alone they only shrink, and the file grows.
 
     Args:
         step: ``(O,)`` positive, one step per output channel.
@@ -72,36 +73,34 @@ class Quantized(nn.Module):
         self.register_buffer("spacing", torch.full_like(step, spacing))
         self.register_buffer("dead_zone", torch.full_like(step, dead_zone))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the quantised weight, ``(O, ...)``."""
-        nearest = self._nearest(weight)
+    def forward(self, units: Tensor) -> Tensor:
+        """Return the quantised weight, ``(O, ...)``, of an unrounded one in steps."""
+        nearest = self._nearest(units)
         integers = self._bounded(nearest)
-        quantized = integers * self._rows(self.step, weight)
-        return _StraightThrough.apply(  # type: ignore[no-any-return, no-untyped-call]
-            weight, quantized, nearest - integers
-        )
+        rounded = _StraightThrough.apply(units, integers, nearest - integers)  # type: ignore[no-untyped-call]
+        return rounded * self.rows(self.step, units)  # type: ignore[no-any-return]
 
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the integers ``(O, ...)`` of a weight, as floats."""
-        return self._bounded(self._nearest(weight))
+    def integers(self, units: Tensor) -> Tensor:
+        """Return the integers ``(O, ...)`` of an unrounded weight in steps, as floats."""
+        return self._bounded(self._nearest(units))
 
-    def _nearest(self, weight: Tensor) -> Tensor:
-        spacing = self._rows(self.spacing, weight)
-        offset = self._rows(self.low.remainder(self.spacing), weight)
-        units = weight / self._rows(self.step, weight)
-        units = units - units.sign() * self._rows(self.dead_zone, weight)
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the steps in an assigned weight, which is kept unrounded."""
+        return weight / self.rows(self.step, weight)
+
+    @staticmethod
+    def rows(values: Tensor, weight: Tensor) -> Tensor:
+        """View one value per output channel so that it multiplies a weight."""
+        return values.view(-1, *[1] * (weight.ndim - 1))
+
+    def _nearest(self, units: Tensor) -> Tensor:
+        spacing = self.rows(self.spacing, units)
+        offset = self.rows(self.low.remainder(self.spacing), units)
+        units = units - units.sign() * self.rows(self.dead_zone, units)
         return torch.round((units - offset) / spacing) * spacing + offset
 
     def _bounded(self, integers: Tensor) -> Tensor:
-        return integers.clamp(self._rows(self.low, integers), self._rows(self.high, integers))
-
-    @staticmethod
-    def _rows(values: Tensor, weight: Tensor) -> Tensor:
-        return values.view(-1, *[1] * (weight.ndim - 1))
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Keep an assigned weight as the one to learn with."""
-        return weight
+        return integers.clamp(self.rows(self.low, integers), self.rows(self.high, integers))
 
 
 class Codebook(nn.Module):
@@ -238,18 +237,36 @@ def step_of(module: nn.Module) -> Tensor:
     return module.get_buffer("parametrizations.weight.0.step")
 
 
+def coarsen_(module: nn.Module, factor: Tensor) -> None:
+    """Make the steps of a quantised layer larger; the weight underneath stays.
+
+    Args:
+        module: The layer, changed in place.
+        factor: ``(O,)`` or ``()``, positive.
+    """
+    units, step = _units_of(module), step_of(module)
+    with torch.no_grad():
+        step.mul_(factor)
+        units.div_(Quantized.rows(factor.expand_as(step), units))
+
+
 def integers_of(module: nn.Module) -> Tensor:
     """Return the integers ``(O, ...)`` that a quantised layer computes with, as floats."""
     form = _form(module)
     if not isinstance(form, Quantized):
         raise ValueError(f"module must be a quantised layer, got {module}")
-    return form.integers(latent_weight(module))
+    return form.integers(_units_of(module).detach())
+
+
+def _units_of(module: nn.Module) -> Tensor:
+    return module.get_parameter("parametrizations.weight.original")
 
 
 def latent_weight(module: nn.Module) -> Tensor:
     """Return the floating-point weight that a layer learns with; with a codebook, its levels'."""
     if is_quantized(module):
-        return module.get_parameter("parametrizations.weight.original").detach()
+        units = _units_of(module).detach()
+        return units * Quantized.rows(step_of(module), units)
     return module.weight.detach()  # type: ignore[operator]
 
 

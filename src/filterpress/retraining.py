@@ -6,12 +6,12 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from filterpress.representations import is_quantized, step_of
+from filterpress.representations import coarsen_, is_quantized
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, Progress, best_device, fit, predictor
@@ -24,14 +24,18 @@ IMAGES = 1024  # on which batch-norm is then measured again
 class RetrainConfig(FitConfig):
     """How to retrain: as `FitConfig`, with defaults for fine-tuning and early stopping.
 
+    Quantised weights learn in units of their steps, the factors of batch-norm are about one: with
+    steps of the size that AdamW takes, one learning rate suits them all.
+
     Attributes:
         margin: Accuracy above the floor, on the validation set, at which retraining stops early.
     """
 
     epochs: int = 8
-    lr: float = 0.02
+    lr: float = 0.005
     warmup: float = 0.1
-    weight_decay: float = 1e-5
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    weight_decay: float = 0.0
     margin: float = 0.001
 
     def __post_init__(self) -> None:
@@ -89,7 +93,9 @@ def retrain_quantized(
         images = calibration(task, IMAGES, seed)
         note_offsets_(student, images)
     while n_bytes > max_bytes and coarser < 20:
-        coarsen_(student)
+        for module in student.modules():
+            if is_quantized(module):
+                coarsen_(module, torch.tensor(COARSER))
         recalibrate_(student, images)
         coarser += 1
         n_bytes = size(student)
@@ -137,11 +143,3 @@ def _held(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
     rest = [dim for dim in range(x.ndim) if dim != 1]
     constant = x.detach().amax(rest, keepdim=True) == x.detach().amin(rest, keepdim=True)
     return torch.where(constant, x.detach(), x) if constant.any() else None
-
-
-def coarsen_(network: nn.Module) -> None:
-    """Make the steps of every quantised layer a little larger."""
-    with torch.no_grad():
-        for module in network.modules():
-            if is_quantized(module):
-                step_of(module).mul_(COARSER)
