@@ -111,7 +111,7 @@ def test_a_value_may_start_with_a_minus():
 
 def test_help_does_not_wait_for_torch():
     code = NO_TORCH.replace("'torch'", "'torch'] = sys.modules['onnx'] = sys.modules['numba'")
-    for command in ([], ["compress"], ["decode"]):
+    for command in ([], ["compress"], ["decode"], ["delta"], ["patch"]):
         result = command_line(*command, "--help", code=code)
         assert result.returncode == 0, result.stderr
         assert "--help" in result.stdout
@@ -274,6 +274,82 @@ def test_a_damaged_file_decodes_to_nothing(encoded, tmp_path):
     result = run_in_process(app, ["decode", str(tmp_path / "damaged"), "--onnx", str(out)])
     assert result.exit_code == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "damaged"]
+
+
+@pytest.fixture(scope="module")
+def renewed(encoded):
+    """A file whose tensors are those of the encoded one, but for a few integers of the first."""
+    from filterpress import codec
+
+    tensors, graph, header = codec.decode(encoded.read_bytes())
+    name = next(name for name, tensor in tensors.items() if tensor.integers.ndim == 4)
+    integers = tensors[name].integers.copy()
+    integers[0] += 1
+    tensors[name] = tensors[name]._replace(integers=integers)
+    path = encoded.with_name("renewed.fpk")
+    path.write_bytes(codec.encode(tensors, graph, header))
+    return path
+
+
+@pytest.fixture(scope="module")
+def change(encoded, renewed):
+    path = encoded.with_name("change.fpd")
+    result = run_in_process(app, ["delta", str(encoded), str(renewed), "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "n_bytes" in result.stdout
+    return path
+
+
+def test_a_patch_gives_the_bytes_of_the_new_file_where_there_is_no_torch(
+    encoded, renewed, change, tmp_path
+):
+    result = command_line("patch", encoded, change, "--out", tmp_path / "new", code=NO_TORCH)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "new").read_bytes() == renewed.read_bytes()
+    assert change.stat().st_size < renewed.stat().st_size / 10
+
+
+def test_delta_reports_the_sizes_as_one_json_object(encoded, renewed, tmp_path):
+    arguments = ["delta", encoded, renewed, "--out", tmp_path / "change", "--json"]
+    result = command_line(*arguments, code=NO_TORCH)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "delta": str(tmp_path / "change"),
+        "n_bytes": (tmp_path / "change").stat().st_size,
+        "old_bytes": encoded.stat().st_size,
+        "new_bytes": renewed.stat().st_size,
+    }
+
+
+def test_a_delta_for_another_file_patches_nothing(renewed, change, tmp_path):
+    out = tmp_path / "out"
+    result = run_in_process(app, ["patch", str(renewed), str(change), "--out", str(out)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the delta is for another file")
+    assert len(result.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_delta_and_what_is_none_patch_nothing(encoded, change, tmp_path):
+    data, path, out = change.read_bytes(), tmp_path / "damaged", tmp_path / "out"
+    for content in (data[:-7], b"", encoded.read_bytes(), data[:60] + b"?" + data[61:]):
+        path.write_bytes(content)
+        result = run_in_process(app, ["patch", str(encoded), str(path), "--out", str(out)])
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_delta_and_patch_refuse_to_overwrite_and_leave_what_was_there(
+    encoded, renewed, change, tmp_path
+):
+    out = tmp_path / "out"
+    out.write_text("precious", encoding="utf-8")
+    for command, second in (("delta", renewed), ("patch", change)):
+        result = run_in_process(app, [command, str(encoded), str(second), "--out", str(out)])
+        assert result.exit_code == 2
+        assert "out must be a file that does not exist yet" in result.stderr
+        assert out.read_text(encoding="utf-8") == "precious"
 
 
 @pytest.mark.slow

@@ -87,9 +87,57 @@ def decode(
     with terminal.polite(debug):
         from filterpress.codec.graph import to_onnx
 
-        if onnx.exists():
-            raise ValueError(f"onnx must be a file that does not exist yet, got {onnx}")
+        _refuse_existing("onnx", onnx)
         files.write(onnx, to_onnx(file.read_bytes()))
+
+
+@app.command()
+def delta(
+    old: Annotated[Path, typer.Argument(help="Encoded file that a device has.")],
+    new: Annotated[Path, typer.Argument(help="Encoded file that it shall have.")],
+    out: Annotated[Path, typer.Option(help="Delta to write; it must not exist.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what changes from one encoded file to another, to send instead of the new file.
+
+    A device that has the old file makes the new one of it with `filterpress patch`, byte for byte,
+    so that its digest and signature hold. A delta is for one old file and no other. The fewer
+    integers differ, the smaller it is; layers of other names or shapes travel whole.
+    """
+    with terminal.polite(debug):
+        from filterpress.codec import make_delta
+
+        _refuse_existing("out", out)
+        before, after = old.read_bytes(), new.read_bytes()
+        change = make_delta(before, after)
+        files.write(out, change)
+    sizes = {"n_bytes": len(change), "old_bytes": len(before), "new_bytes": len(after)}
+    terminal.show({"delta": str(out), **sizes}, json)
+
+
+@app.command()
+def patch(
+    old: Annotated[Path, typer.Argument(help="Encoded file that the delta was made for.")],
+    delta: Annotated[Path, typer.Argument(help="Delta made by `filterpress delta`.")],
+    out: Annotated[Path, typer.Option(help="Encoded file to write; it must not exist.")],
+    debug: Debug = False,
+) -> None:
+    """Make the new encoded file from the old one and a delta; torch is not needed.
+
+    The result has the very bytes that the delta was made for. If the old file is another one than
+    that of the delta, or either is damaged, nothing is written.
+    """
+    with terminal.polite(debug):
+        from filterpress.codec import apply_delta
+
+        _refuse_existing("out", out)
+        files.write(out, apply_delta(old.read_bytes(), delta.read_bytes()))
+
+
+def _refuse_existing(name: str, path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"{name} must be a file that does not exist yet, got {path}")
 
 
 if __name__ == "__main__":

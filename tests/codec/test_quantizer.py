@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from filterpress.codec import QuantizedTensor, quantize, snap
-from filterpress.codec.quantizer import from_exponents, to_exponents
+from filterpress.codec.quantizer import from_exponents, restep, to_exponents
 
 GRID = np.arange(-4096, 4096)
 
@@ -86,3 +88,26 @@ def test_huge_ratios_are_clipped_and_stay_finite():
 def test_quantize_says_what_is_wrong(weight, scale, message):
     with pytest.raises(ValueError, match=message):
         quantize(weight, scale)
+
+
+@given(
+    hnp.arrays(np.int32, (2, 3), elements=st.integers(-9, 9) | st.integers(-(2**20), 2**20)),
+    hnp.arrays(np.int32, (2,), elements=st.integers(-4096, 4095)),
+    hnp.arrays(np.int32, (2,), elements=st.integers(-200, 200) | st.integers(-8191, 8191)),
+)
+@settings(deadline=None)
+def test_integers_on_other_steps_are_the_nearest_to_the_same_weights(integers, old, further):
+    new = np.clip(old + further, -4096, 4095).astype(np.int32)
+    for row, factor_exponent, found in zip(
+        integers, old - new, restep(integers, old, new), strict=True
+    ):
+        for value, restepped in zip(row.tolist(), found.tolist(), strict=True):
+            exact = value * Decimal(2) ** (Decimal(int(factor_exponent)) / 64)
+            exact = max(min(exact, Decimal(2**20)), Decimal(-(2**20)))
+            assert abs(restepped - exact) <= Decimal("0.500001")
+
+
+def test_halves_on_other_steps_are_rounded_away_from_zero():
+    integers = np.arange(-4, 5, dtype=np.int32)
+    halves = restep(integers, np.int32(0), np.int32(64))
+    assert halves.tolist() == [-2, -2, -1, -1, 0, 1, 1, 2, 2]

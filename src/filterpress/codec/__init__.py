@@ -11,6 +11,17 @@ Example:
 
 from filterpress.codec.binarisation import estimate_bits
 from filterpress.codec.bitstream import Decoded, decode, encode
+from filterpress.codec.delta import apply_delta, make_delta
 from filterpress.codec.quantizer import QuantizedTensor, quantize, snap
 
-__all__ = ["Decoded", "QuantizedTensor", "decode", "encode", "estimate_bits", "quantize", "snap"]
+__all__ = [
+    "Decoded",
+    "QuantizedTensor",
+    "apply_delta",
+    "decode",
+    "encode",
+    "estimate_bits",
+    "make_delta",
+    "quantize",
+    "snap",
+]

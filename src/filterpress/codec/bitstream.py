@@ -11,10 +11,12 @@ import hashlib
 import json
 import lzma
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from filterpress.codec.binarisation import decode_tensor, encode_tensor
 from filterpress.codec.quantizer import (
@@ -49,13 +51,36 @@ class Decoded(NamedTuple):
     header: dict[str, Any]
 
 
-class _Entry(NamedTuple):
-    """A line of the tensor table."""
+class Entry(NamedTuple):
+    """A line of the tensor table.
+
+    Attributes:
+        name: Of the tensor.
+        shape: Of its integers.
+        per_row: Whether each index of axis 0 has its own step.
+        n_bytes: Of its payload.
+    """
 
     name: str
     shape: tuple[int, ...]
     per_row: bool
     n_bytes: int
+
+
+class Metadata(NamedTuple):
+    """What a file says before its payloads.
+
+    Attributes:
+        packed: As it is in the file, with its two lengths.
+        header: JSON values by name.
+        entries: The tensor table.
+        graph: The bytes that were given to `encode`.
+    """
+
+    packed: bytes
+    header: dict[str, Any]
+    entries: list[Entry]
+    graph: bytes
 
 
 def encode(
@@ -87,16 +112,17 @@ def encode(
         exponents = _checked_exponents(name, tensor)
         payloads.append(encode_tensor(tensor.integers, exponents))
         shape = tensor.integers.shape
-        entries.append(_Entry(name, shape, exponents.ndim > 0, len(payloads[-1])))
+        entries.append(Entry(name, shape, exponents.ndim > 0, len(payloads[-1])))
     text = _json(header).encode()
     if json.loads(text) != dict(header):
         raise ValueError(f"header must be JSON with text as keys, got {header!r}")
-    metadata = _number(len(text)) + text + _write_table(entries) + graph
+    metadata = write_number(len(text)) + text + _write_table(entries) + graph
     if len(metadata) > MAX_METADATA:
         raise ValueError(f"graph must be at most {MAX_METADATA} bytes with the header")
     packed = lzma.compress(metadata, lzma.FORMAT_RAW, filters=_LZMA)
-    body = b"".join((MAGIC, _number(len(metadata)), _number(len(packed)), packed, *payloads))
-    return body + _digest(body)
+    return with_digest(
+        b"".join((MAGIC, write_number(len(metadata)), write_number(len(packed)), packed, *payloads))
+    )
 
 
 def decode(data: bytes, max_bytes: int = 2**30) -> Decoded:
@@ -114,27 +140,65 @@ def decode(data: bytes, max_bytes: int = 2**30) -> Decoded:
         BitstreamError: The file is truncated, damaged, hostile, of another version, larger than
             allowed, or not what `encode` writes for its content.
     """
-    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if not data.startswith(MAGIC):
-        raise BitstreamError("this is no filterpress file of version 2: it starts differently")
-    if _digest(body) != digest:
-        raise BitstreamError("the file is truncated or damaged: its digest does not match")
-    metadata, start = _unpack_metadata(body)
-    header, at = _read_header(metadata)
-    entries, at = _read_table(metadata, at)
-    _check_sizes(entries, len(body) - start, max_bytes)
-    tensors = {}
-    for entry in entries:
-        tensors[entry.name] = _read_tensor(entry, body[start : start + entry.n_bytes])
-        start += entry.n_bytes
-    return Decoded(tensors, metadata[at:], header)
+    metadata, payloads = take_apart(data, max_bytes)
+    tensors = {
+        entry.name: _read_tensor(entry, payload)
+        for entry, payload in zip(metadata.entries, payloads, strict=True)
+    }
+    return Decoded(tensors, metadata.graph, metadata.header)
+
+
+def take_apart(data: bytes, max_bytes: int) -> tuple[Metadata, list[bytes]]:
+    """Return the metadata of a file and the payloads of its tensors, still coded.
+
+    Args:
+        data: The whole file.
+        max_bytes: Of the decoded tensors as float32.
+
+    Raises:
+        BitstreamError: As for `decode`; what is wrong with a payload is not seen yet.
+    """
+    body = without_digest(data, MAGIC, "file")
+    metadata, at = read_metadata(body, len(MAGIC), max_bytes)
+    ends = list(accumulate((entry.n_bytes for entry in metadata.entries), initial=at))
+    if ends[-1] != len(body):
+        raise BitstreamError(
+            f"the tensors should take {ends[-1] - at} bytes, but {len(body) - at} are there"
+        )
+    return metadata, [body[start:end] for start, end in pairwise(ends)]
+
+
+def with_digest(body: bytes) -> bytes:
+    """Return bytes with the digest that tells damage after them."""
+    return body + _digest(body)
+
+
+def without_digest(data: bytes, magic: bytes, kind: str) -> bytes:
+    """Return what `with_digest` was given, if it starts with ``magic`` and is not damaged.
+
+    Args:
+        data: What `with_digest` returned.
+        magic: First bytes, the version last.
+        kind: What this is, for the error.
+
+    Raises:
+        BitstreamError: It starts differently or is damaged.
+    """
+    if not data.startswith(magic):
+        raise BitstreamError(
+            f"this is no filterpress {kind} of version {magic[-1]}: it starts differently"
+        )
+    body = data[:-DIGEST_BYTES]
+    if _digest(body) != data[-DIGEST_BYTES:]:
+        raise BitstreamError(f"the {kind} is truncated or damaged: its digest does not match")
+    return body
 
 
 def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).digest()[:DIGEST_BYTES]
 
 
-def _checked_exponents(name: str, tensor: QuantizedTensor) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _checked_exponents(name: str, tensor: QuantizedTensor) -> NDArray[np.int32]:
     """Return the exponents of a tensor's steps, or say what is wrong with the tensor."""
     integers, scale = tensor
     if (
@@ -161,13 +225,13 @@ def _json(value: Mapping[str, Any]) -> str:
     )
 
 
-def _number(value: int) -> bytes:
-    """Write a number, seven bits a byte, lowest first, the top bit set on all but the last."""
+def write_number(value: int) -> bytes:
+    """Return a number, seven bits a byte, lowest first, the top bit set on all but the last."""
     low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + _number(rest) if rest else bytes([low])
+    return bytes([low | 128]) + write_number(rest) if rest else bytes([low])
 
 
-def _read_number(data: bytes, at: int) -> tuple[int, int]:
+def read_number(data: bytes, at: int) -> tuple[int, int]:
     """Return a number of up to five bytes and the position after it."""
     value = 0
     for i, byte in enumerate(data[at : at + _MAX_NUMBER_BYTES]):
@@ -179,18 +243,38 @@ def _read_number(data: bytes, at: int) -> tuple[int, int]:
     raise BitstreamError("a number is cut off or too large")
 
 
-def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
+def read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
     """Return bytes that come after their length, and the position after them."""
-    length, at = _read_number(data, at)
+    length, at = read_number(data, at)
     if length > len(data) - at:
         raise BitstreamError(f"{length} bytes are declared where {len(data) - at} are left")
     return data[at : at + length], at + length
 
 
-def _unpack_metadata(body: bytes) -> tuple[bytes, int]:
-    """Return header, table and graph, and the position after them."""
-    length, at = _read_number(body, len(MAGIC))
-    packed, at = _read_bytes(body, at)
+def read_metadata(data: bytes, start: int, max_bytes: int) -> tuple[Metadata, int]:
+    """Return the metadata that begins at a position, and the position after it.
+
+    Args:
+        data: It is in there, with its two lengths.
+        start: Where.
+        max_bytes: Of the tensors that its table declares, as float32.
+
+    Raises:
+        BitstreamError: It is damaged or hostile, or declares more than is allowed.
+    """
+    length, at = read_number(data, start)
+    packed, end = read_bytes(data, at)
+    unpacked = _unpack(packed, length)
+    header, at = _read_header(unpacked)
+    entries, at = _read_table(unpacked, at)
+    decoded = 4 * sum(prod(max(dim, 1) for dim in entry.shape) for entry in entries)
+    if decoded > max_bytes:
+        raise BitstreamError(f"the tensors take {decoded} bytes, at most {max_bytes} are allowed")
+    return Metadata(data[start:end], header, entries, unpacked[at:]), end
+
+
+def _unpack(packed: bytes, length: int) -> bytes:
+    """Return metadata as it was before compression, if it then was of this length."""
     if length > MAX_METADATA:
         raise BitstreamError(f"{length} bytes of metadata are declared, {MAX_METADATA} are allowed")
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
@@ -200,11 +284,11 @@ def _unpack_metadata(body: bytes) -> tuple[bytes, int]:
         raise BitstreamError("the metadata is damaged") from error
     if len(metadata) != length or not unpacker.eof or unpacker.unused_data:
         raise BitstreamError("the metadata is not of the size declared")
-    return metadata, at
+    return metadata
 
 
 def _read_header(metadata: bytes) -> tuple[dict[str, Any], int]:
-    text, at = _read_bytes(metadata, 0)
+    text, at = read_bytes(metadata, 0)
     try:
         header = json.loads(text.decode())
         canonical = isinstance(header, dict) and _json(header).encode() == text
@@ -215,53 +299,53 @@ def _read_header(metadata: bytes) -> tuple[dict[str, Any], int]:
     return header, at
 
 
-def _write_table(entries: list[_Entry]) -> bytes:
-    table = [_number(len(entries))]
+def _write_table(entries: list[Entry]) -> bytes:
+    table = [write_number(len(entries))]
     for entry in entries:
         name = entry.name.encode()
-        dims = b"".join(map(_number, entry.shape))
+        dims = b"".join(map(write_number, entry.shape))
         kind = bytes([2 * len(entry.shape) + entry.per_row])
-        table += [_number(len(name)), name, kind, dims, _number(entry.n_bytes)]
+        table += [write_number(len(name)), name, kind, dims, write_number(entry.n_bytes)]
     return b"".join(table)
 
 
-def _read_table(metadata: bytes, at: int) -> tuple[list[_Entry], int]:
-    count, at = _read_number(metadata, at)
-    entries: list[_Entry] = []
+def _read_table(metadata: bytes, at: int) -> tuple[list[Entry], int]:
+    count, at = read_number(metadata, at)
+    entries: list[Entry] = []
     last = None
     for _ in range(count):
-        name, at = _read_bytes(metadata, at)
-        kind, at = _read_number(metadata, at)
+        name, at = read_bytes(metadata, at)
+        kind, at = read_number(metadata, at)
         if kind > 2 * MAX_DIMS + 1 or kind == 1:
             raise BitstreamError(f"a tensor is of unknown kind {kind}")
         if last is not None and name <= last:
             raise BitstreamError("the names of the tensors are not in order")
         last, shape = name, []
         for _ in range(kind // 2):
-            dim, at = _read_number(metadata, at)
+            dim, at = read_number(metadata, at)
             shape.append(dim)
-        n_bytes, at = _read_number(metadata, at)
+        n_bytes, at = read_number(metadata, at)
         try:
-            entries.append(_Entry(name.decode(), tuple(shape), bool(kind % 2), n_bytes))
+            entries.append(Entry(name.decode(), tuple(shape), bool(kind % 2), n_bytes))
         except UnicodeDecodeError as error:
             raise BitstreamError("the name of a tensor is not UTF-8") from error
     return entries, at
 
 
-def _check_sizes(entries: list[_Entry], n_left: int, max_bytes: int) -> None:
-    """Compare what the table declares with what is there and what is allowed."""
-    declared = sum(entry.n_bytes for entry in entries)
-    if declared != n_left:
-        raise BitstreamError(f"the tensors should take {declared} bytes, but {n_left} are there")
-    decoded = 4 * sum(prod(max(dim, 1) for dim in entry.shape) for entry in entries)
-    if decoded > max_bytes:
-        raise BitstreamError(f"the tensors take {decoded} bytes, at most {max_bytes} are allowed")
+def read_integers(entry: Entry, data: bytes) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the integers of a tensor and the exponents of its steps, of shape () or (rows,).
 
-
-def _read_tensor(entry: _Entry, data: bytes) -> QuantizedTensor:
-    n_steps = entry.shape[0] if entry.per_row else 1
+    Raises:
+        BitstreamError: The data is not what `encode_tensor` gives for any such tensor.
+    """
+    of_steps = entry.shape[:1] if entry.per_row else ()
     try:
-        integers, exponents = decode_tensor(data, entry.shape, n_steps)
+        integers, exponents = decode_tensor(data, entry.shape, prod(of_steps))
     except BitstreamError as error:
         raise BitstreamError(f"tensor {entry.name!r}: {error}") from error
-    return QuantizedTensor(integers, from_exponents(exponents if entry.per_row else exponents[0]))
+    return integers, exponents.reshape(of_steps)
+
+
+def _read_tensor(entry: Entry, data: bytes) -> QuantizedTensor:
+    integers, exponents = read_integers(entry, data)
+    return QuantizedTensor(integers, from_exponents(exponents))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from functools import cache
 from math import isqrt
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+_Number = TypeVar("_Number", bound=np.number)
 
 MAX_MAGNITUDE = 2**20
 MIN_EXPONENT, MAX_EXPONENT = -4096, 4095
@@ -29,6 +31,8 @@ def two_to_the(numerator: int, log2_denominator: int) -> int:
 
 
 _MANTISSAS = np.array([two_to_the(k, 6) / 2**52 for k in range(_STEPS)], np.float32)
+_RATIO_BITS = 40
+_RATIOS = np.array([two_to_the(k, 6) >> (52 - _RATIO_BITS) for k in range(_STEPS)], np.int64)
 _MIDPOINTS = np.array([two_to_the(2 * k + 1, 7) / 2**52 for k in range(_STEPS)], np.float64)
 
 
@@ -133,5 +137,35 @@ def quantize(weight: ArrayLike, scale: ArrayLike) -> QuantizedTensor:
     return QuantizedTensor(rounded.astype(np.int32), scale)
 
 
-def _along_axis_0(scale: NDArray[np.float32], n_dims: int) -> NDArray[np.float32]:
+def restep(
+    integers: NDArray[np.int32], old: NDArray[np.int32], new: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Write a tensor in other steps, in integer arithmetic.
+
+    Args:
+        integers: int32, within ±2**20.
+        old: Exponents of its steps, of shape () or (integers.shape[0],).
+        new: Exponents of the other steps, of the same shape.
+
+    Returns:
+        ``integers * 2**((old - new) / 64)``, rounded, halves away from zero, and clipped to ±2**20.
+        The factor is rounded down to 40 bits after the point of its mantissa.
+
+    Example:
+        >>> restep(np.array([1, -3, 4], np.int32), np.int32(-64), np.int32(0))
+        array([ 1, -2,  2], dtype=int32)
+    """
+    if np.array_equal(old, new):
+        return integers
+    octaves, step = np.divmod(old.astype(np.int64) - new, _STEPS)
+    # Beyond these shifts every product is 0 or over the limit, and none overflows.
+    shift = _along_axis_0(np.clip(_RATIO_BITS - octaves, _RATIO_BITS - 21, 62), integers.ndim)
+    magnitudes = np.multiply(np.abs(integers), _along_axis_0(_RATIOS[step], integers.ndim))
+    magnitudes += 1 << shift >> 1
+    magnitudes >>= shift
+    limited = np.minimum(magnitudes, MAX_MAGNITUDE).astype(np.int32)
+    return np.asarray(np.sign(integers) * limited)
+
+
+def _along_axis_0(scale: NDArray[_Number], n_dims: int) -> NDArray[_Number]:
     return scale.reshape(-1, *[1] * (n_dims - 1)) if scale.ndim else scale
