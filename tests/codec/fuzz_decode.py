@@ -8,8 +8,8 @@ whose digest and LZMA stream, are put right, so that mutations reach what lies b
 but a result or `BitstreamError` is a crash, and so is a file that is read but would be written
 otherwise.
 
-Coverage is that of the Python code. What numba compiles (`binarisation` and `arithmetic`) is left
-as it is: inputs reach it, but it does not guide them.
+Coverage is that of the Python code. The modules that numba compiles are left as they are: inputs
+reach them, but they do not guide them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-COMPILED = ["filterpress.codec.arithmetic", "filterpress.codec.binarisation"]
+COMPILED = [
+    f"filterpress.codec.{name}" for name in ("arithmetic", "binarisation", "contexts", "integers")
+]
 with atheris.instrument_imports(include=["filterpress"], exclude=COMPILED):
     from filterpress.codec import apply_delta, decode, encode, make_delta, quantize, snap
     from filterpress.codec.bitstream import read_bytes, read_number

@@ -57,8 +57,9 @@ _FAST_RATES, _SLOW_RATES = _rates(FAST_LIMIT), _rates(SLOW_LIMIT)
 def compiled(function: _Function) -> _Function:
     """Compile with numba, once per machine, and keep the type that the source declares.
 
-    numba's cache knows the file of a function, not the files of those it calls: delete
-    ``__pycache__`` after an edit here, or `binarisation` goes on with the code of before.
+    numba's cache knows the file of a function, not the files of what it calls and reads: delete
+    ``__pycache__`` after an edit here, in `contexts` or in `integers`, or `binarisation` goes on
+    with the code of before.
     """
     return cast(_Function, njit(cache=True)(function))
 

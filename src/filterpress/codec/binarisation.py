@@ -18,10 +18,6 @@ input channel before. The *prediction* of the sign is that of the plane through 
 the kernel: filters are smooth. Whether the sign followed the prediction then tells how large the
 magnitude will be.
 
-No context starts empty: the decisions on a magnitude begin with the probabilities of a logistic
-distribution of the expected magnitude m, where a share of ``2 / (1 + 2**((2 n - 1) / m))`` is n or
-more. Short tensors are then coded with what is known of weights in general.
-
 Reference:
     S. Wiedemann et al., "DeepCABAC: A universal compression algorithm for deep neural networks",
     2020, https://arxiv.org/abs/1907.11900. The decisions are those of section III-A; the contexts
@@ -30,8 +26,6 @@ Reference:
 
 from __future__ import annotations
 
-from functools import cache
-from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -39,120 +33,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filterpress.codec import arithmetic
-from filterpress.codec.arithmetic import (
-    PROBABILITY_BITS,
-    Coder,
-    code_bit,
-    code_even_bits,
-    compiled,
-    inlined,
-    past_end,
+from filterpress.codec.arithmetic import Coder, code_bit, code_even_bits, compiled, past_end
+from filterpress.codec.contexts import (
+    LEVEL_SCALE,
+    LEVELS,
+    MIDDLES,
+    UNIT_BITS,
+    ZERO_COLUMN,
+    ZERO_ROW,
+    find_level,
+    fresh_contexts,
 )
-from filterpress.codec.quantizer import (
-    MAX_EXPONENT,
-    MAX_MAGNITUDE,
-    MIN_EXPONENT,
-    two_to_the,
-)
+from filterpress.codec.integers import UNLIMITED, code_integer
+from filterpress.codec.quantizer import MAX_EXPONENT, MAX_MAGNITUDE, MIN_EXPONENT
 from filterpress.errors import BitstreamError
 
-_LEVELS, _FLAGS, _PREFIX, _AGREEMENTS = 100, 15, 20, 5
-_MAGNITUDE = 0
-_UPPER_HALF = _MAGNITUDE + _AGREEMENTS * _LEVELS * _FLAGS
-_SIGN = _UPPER_HALF + _LEVELS * _FLAGS
-_LENGTH = _SIGN + 4
-_ZERO_ROW = _LENGTH + _PREFIX
-_ZERO_COLUMN = _ZERO_ROW + 5
-_N_CONTEXTS = _ZERO_COLUMN + 5
-
 _EXPONENT_BITS, _LARGEST_BITS, _LEVEL_BITS = 13, 4, 7
-_UNLIMITED = 15
 _EXPONENT_LEVEL = 34  # of the difference of a step from the mean
-_PRIOR_COUNT = 16  # observations that the initial probabilities are worth
-_LEAST_LEVEL = 14  # that tails begin with: where weights are rare, some are large all the same
-_FIRST_SHIFTED = 22  # level from which on the unit is more than 1
-
-_LEVEL_SCALE = 5  # levels are of magnitudes in 1/32
-_UNIT_BITS = 20  # running means are in 2**-20
 _ROW, _COLUMN, _KERNEL, _TENSOR, _NEAR, _FAR = 12, 9, 3, 3, 3, 2  # weights, in 1/32
 _LIMIT = 400
 _RATES = np.array([(1 << 20) // max(n, 1) for n in range(_LIMIT + 1)], np.int64)
 _SAMPLE, _SAMPLE_ROWS = 2**16, 8  # least weights and rows of a sample that estimate_bits codes
-_TABLE_BITS = 12
-
-
-def _octave_table() -> NDArray[np.int64]:
-    """Return the level of small magnitudes in 1/32: themselves, then in quarter octaves."""
-    return np.array([n if n < 4 else _quarter_octave(n) for n in range(1 << _TABLE_BITS)], np.int64)
-
-
-def _quarter_octave(n: int) -> int:
-    exponent = n.bit_length() - 1
-    return 4 * (exponent - 1) + (n >> (exponent - 2) & 3)
-
-
-_LEVEL_OF = _octave_table()
-_SHIFT_OF = np.array([max(n - _FIRST_SHIFTED + 4, 0) // 4 for n in range(_LEVELS)], np.int64)
-
-
-def _middle(level: int) -> tuple[int, int]:
-    """Return the magnitude in the middle of a level as a fraction."""
-    if level < 4:
-        return 2 * level + 1, 2 << _LEVEL_SCALE
-    return (2 * (4 + level % 4) + 1) << (level // 4 - 1), 2 << _LEVEL_SCALE
-
-
-_MIDDLES = np.array(
-    [(_middle(n)[0] << _UNIT_BITS) // _middle(n)[1] for n in range(_LEVELS)], np.int64
-)
-
-
-@compiled
-def _level_of(magnitude: int) -> int:
-    """Return the level of a magnitude in 1/32."""
-    if magnitude < 1 << _TABLE_BITS:
-        return int(_LEVEL_OF[magnitude])
-    if magnitude < 1 << 2 * _TABLE_BITS - 4:
-        return int(_LEVEL_OF[magnitude >> 8]) + 32
-    return int(_LEVEL_OF[magnitude >> 16]) + 64
-
-
-@cache
-def _fresh_contexts() -> NDArray[np.int32]:
-    """Return the contexts that every tensor starts with."""
-    half = 1 << (PROBABILITY_BITS - 1)
-    ones, counts = np.full(_N_CONTEXTS, half, np.int64), np.zeros(_N_CONTEXTS, np.int64)
-    counts[:_SIGN] = _PRIOR_COUNT
-    above, upper = np.array([_shares(level) for level in range(_LEVELS)]).transpose(1, 0, 2)
-    ones[:_UPPER_HALF] = np.tile(above.reshape(-1), _AGREEMENTS)
-    ones[_UPPER_HALF:_SIGN] = upper.reshape(-1)
-    return arithmetic.new_contexts(ones, counts)
-
-
-def _shares(level: int) -> tuple[list[int], list[int]]:
-    """Return, for each number of units, the shares of what is more, and in its upper half."""
-    shift = int(_SHIFT_OF[level])
-
-    def unit(share: int, whole: int) -> int:
-        limit = 1 << (PROBABILITY_BITS - 9)
-        scaled = (share << PROBABILITY_BITS) // max(whole, 1)
-        return min(max(scaled, limit), (1 << PROBABILITY_BITS) - limit)
-
-    wide = max(level, _LEAST_LEVEL)
-    starts = [1 + (n << shift) for n in range(_FLAGS + 1)]
-    tails = [_tail(start, wide) for start in starts]
-    halves = [_tail(start + (1 << shift >> 1), wide) for start in starts[:-1]]
-    above = [unit(_tail(1, level), 1 << 60)] + [unit(m, n) for n, m in pairwise(tails[:-1])]
-    upper = [unit(h - m, n - m) for h, (n, m) in zip(halves, pairwise(tails), strict=True)]
-    return above, upper
-
-
-def _tail(n: int, level: int) -> int:
-    """Return the share of magnitudes from ``n`` on in 2**-60, if they are logistic."""
-    numerator, denominator = _middle(level)
-    exponent = ((2 * n - 1) * denominator << 8) // numerator
-    power = two_to_the(exponent & 255, 8) << (exponent >> 8)  # in 2**-52
-    return (2 << (60 + 52)) // ((1 << 52) + power)
 
 
 class _Matrix(NamedTuple):
@@ -212,7 +113,7 @@ def _encode_matrix(weights: _Matrix, exponents: NDArray[np.int32]) -> bytes:
         weights.column_means[:] = 0
         weights.kernel_means[:] = 0
         coder, _, _ = _code_tensor(
-            coder, _fresh_contexts(), steps, mean - MIN_EXPONENT, weights, summary
+            coder, fresh_contexts(), steps, mean - MIN_EXPONENT, weights, summary
         )
         data, capacity = arithmetic.finish(coder)
         if len(data) == capacity:
@@ -238,7 +139,7 @@ def decode_tensor(
     integers = np.zeros(shape, np.int32)
     weights, steps = _as_matrix(integers), _as_matrix(np.zeros(n_exponents, np.int32))
     coder = arithmetic.new_decoder(data)
-    coder, mean, summary = _code_tensor(coder, _fresh_contexts(), steps, 0, weights, _Summary(0, 0))
+    coder, mean, summary = _code_tensor(coder, fresh_contexts(), steps, 0, weights, _Summary(0, 0))
     if summary.level < 0 or not arithmetic.ends_well(coder):
         raise BitstreamError(f"the coded data of a tensor of shape {shape} is damaged")
     exponents = steps.values[0, :n_exponents] + np.int32(mean + MIN_EXPONENT)
@@ -320,9 +221,8 @@ def _summarise(matrix: _Matrix) -> _Summary:
     n_rows, n_columns = (int(np.sum(flags == 0)) for flags in matrix[1:3])
     magnitudes = np.abs(matrix.values)
     total = int(magnitudes.sum(dtype=np.int64))
-    mean = (total << _LEVEL_SCALE) // max(n_rows * n_columns, 1)
-    level = mean if mean < 4 else _quarter_octave(mean)
-    return _Summary(min(int(magnitudes.max()), _UNLIMITED), level)
+    mean = (total << LEVEL_SCALE) // max(n_rows * n_columns, 1)
+    return _Summary(min(int(magnitudes.max()), UNLIMITED), find_level(mean))
 
 
 def _zeros_of(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -359,9 +259,7 @@ def _code_tensor(
     good = True
     coder, mean = code_even_bits(coder, _EXPONENT_BITS, mean)
     if steps.values.size > 1:
-        coder, good = _code_matrix(
-            coder, fresh.copy(), steps, _Summary(_UNLIMITED, _EXPONENT_LEVEL)
-        )
+        coder, good = _code_matrix(coder, fresh.copy(), steps, _Summary(UNLIMITED, _EXPONENT_LEVEL))
     coder, largest = code_even_bits(coder, _LARGEST_BITS, largest)
     if not good or not largest:
         weights.zero_rows[:] = 1
@@ -369,12 +267,12 @@ def _code_tensor(
         return coder, mean, _Summary(0, 0 if good else -1)
     coder, level = code_even_bits(coder, _LEVEL_BITS, level)
     contexts, taps = fresh.copy(), weights.kernel_means.size
-    coder, good = _code_zeros(coder, contexts, _ZERO_ROW, weights.zero_rows, 1)
+    coder, good = _code_zeros(coder, contexts, ZERO_ROW, weights.zero_rows, 1)
     if good:
-        coder, good = _code_zeros(coder, contexts, _ZERO_COLUMN, weights.zero_columns, taps)
-    if good and level < _LEVELS:
+        coder, good = _code_zeros(coder, contexts, ZERO_COLUMN, weights.zero_columns, taps)
+    if good and level < LEVELS:
         coder, good = _code_matrix(coder, contexts, weights, _Summary(largest, level))
-    return coder, mean, _Summary(largest, level if good and level < _LEVELS else -1)
+    return coder, mean, _Summary(largest, level if good and level < LEVELS else -1)
 
 
 @compiled
@@ -406,7 +304,7 @@ def _code_matrix(
     """Code the rows and columns that are not zero, in reading order."""
     values, column_means, kernel_means = matrix.values, matrix.column_means, matrix.kernel_means
     taps, width = kernel_means.size, matrix.width
-    largest, start = summary.largest, _MIDDLES[summary.level]
+    largest, start = summary.largest, MIDDLES[summary.level]
     tensor_mean, n_weights, n_kernels = start, 0, 0
     for row in range(values.shape[0]):
         if matrix.zero_rows[row]:
@@ -421,20 +319,20 @@ def _code_matrix(
             left = int(values[row, column - 1]) if x else 0
             above = int(values[row, column - width]) if tap >= width else 0
             corner = int(values[row, column - width - 1]) if x and tap >= width else 0
-            before = abs(int(values[row - 1, column])) << _UNIT_BITS if row else row_mean
+            before = abs(int(values[row - 1, column])) << UNIT_BITS if row else row_mean
             back = int(values[row, column - taps]) if column >= taps else 0
-            near = (abs(left) << _UNIT_BITS if x else row_mean) + (
-                abs(above) << _UNIT_BITS if tap >= width else row_mean
+            near = (abs(left) << UNIT_BITS if x else row_mean) + (
+                abs(above) << UNIT_BITS if tap >= width else row_mean
             )
-            far = before + (abs(back) << _UNIT_BITS if column >= taps else row_mean)
+            far = before + (abs(back) << UNIT_BITS if column >= taps else row_mean)
             expected = (
                 _ROW * row_mean
                 + _COLUMN * (start + column_means[column])
                 + _KERNEL * (start + kernel_means[tap])
                 + _TENSOR * tensor_mean
                 + (_NEAR * near + _FAR * far >> 1)
-            ) >> _UNIT_BITS
-            coder, value = _code_integer(
+            ) >> UNIT_BITS
+            coder, value = code_integer(
                 coder,
                 contexts,
                 largest,
@@ -445,7 +343,7 @@ def _code_matrix(
             if past_end(coder) or abs(value) > MAX_MAGNITUDE:
                 return coder, False
             values[row, column] = value
-            magnitude = abs(value) << _UNIT_BITS
+            magnitude = abs(value) << UNIT_BITS
             n_weights += 1
             row_mean = _moved(row_mean, magnitude, column + 10)
             tensor_mean = _moved(tensor_mean, magnitude, n_weights + 16)
@@ -459,75 +357,3 @@ def _code_matrix(
 def _moved(mean: int, value: int, n: int) -> int:
     """Return a running mean after its n-th value, or after many if n is over the limit."""
     return mean + ((value - mean) * int(_RATES[min(n, _LIMIT)]) >> 20)
-
-
-@inlined
-def _code_integer(
-    coder: Coder,
-    contexts: NDArray[np.int32],
-    largest: int,
-    expected: int,
-    prediction: int,
-    value: int,
-) -> tuple[Coder, int]:
-    """Write ``value``, or read and return one, of this expected magnitude in 1/32."""
-    level = _level_of(expected)
-    base = _MAGNITUDE + level * _FLAGS
-    magnitude = abs(value)
-    coder, some = code_bit(coder, contexts, base, 1 if magnitude else 0)
-    if some:
-        strength, known = 0, abs(prediction) << _LEVEL_SCALE
-        while strength < 3 and known > expected << strength:
-            strength += 1
-        flip = 1 if prediction < 0 else 0
-        coder, differs = code_bit(coder, contexts, _SIGN + strength, (1 if value < 0 else 0) ^ flip)
-        if strength:
-            base += (1 + differs + (2 if strength > 1 else 0)) * _LEVELS * _FLAGS
-        coder, magnitude = _code_magnitude(coder, contexts, largest, level, base, magnitude)
-        value = -magnitude if differs ^ flip else magnitude
-    else:
-        value = 0
-    return coder, value
-
-
-@inlined
-def _code_magnitude(
-    coder: Coder,
-    contexts: NDArray[np.int32],
-    largest: int,
-    level: int,
-    base: int,
-    magnitude: int,
-) -> tuple[Coder, int]:
-    """Write a magnitude over 0, or read and return one: its units, then where in the last."""
-    shift = _SHIFT_OF[level]
-    rest = magnitude - 1
-    units, more, found = rest >> shift, 1, 0
-    limit = _FLAGS - 1 if largest == _UNLIMITED else (largest - 1) >> shift
-    while found < limit and more:
-        coder, more = code_bit(coder, contexts, base + 1 + found, 1 if units > found else 0)
-        found += more
-    flag = found
-    if found == _FLAGS - 1:
-        coder, found = _code_exp_golomb(coder, contexts, units - found)
-        found += _FLAGS - 1
-    if shift:
-        low = rest & ((1 << shift) - 1)
-        context = _UPPER_HALF + level * _FLAGS + flag
-        coder, upper = code_bit(coder, contexts, context, low >> (shift - 1))
-        coder, low = code_even_bits(coder, shift - 1, low & ((1 << shift - 1) - 1))
-        found = (2 * found + upper << shift - 1) + low
-    return coder, found + 1
-
-
-@compiled
-def _code_exp_golomb(coder: Coder, contexts: NDArray[np.int32], value: int) -> tuple[Coder, int]:
-    """Write ``value``, or read and return one: the length of value + 1, then its bits."""
-    length, more = 0, 1
-    while length < _PREFIX and more:
-        coder, more = code_bit(
-            coder, contexts, _LENGTH + length, 1 if (value + 1) >> (length + 1) else 0
-        )
-        length += more
-    coder, rest = code_even_bits(coder, length, (value + 1) & ((1 << length) - 1))
-    return coder, (1 << length) + rest - 1
