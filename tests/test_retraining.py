@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from filterpress.package import Package, encode
-from filterpress.representations import coarsen_, latent_weight, quantize_, step_of
+from filterpress.representations import coarsen_, is_quantized, latent_weight, quantize_, step_of
 from filterpress.retraining import (
     RetrainConfig,
     constant_channels_held,
+    paces,
     retrain_quantized,
 )
 from filterpress.statistics import note_offsets_, recalibrate_
@@ -160,6 +161,34 @@ def test_the_same_seed_gives_the_same_network(network, teacher, task):
     assert all(first[key].equal(second[key]) for key in first)
 
 
+def test_a_weight_learns_alike_in_any_unit(network, teacher, task):
+    """Whatever number of steps the weights are made of, descent moves them by the same amounts."""
+    config = RetrainConfig(epochs=1, batch_size=32, lr=1e-3, precision="float32")
+    moved = []
+    for factor in (0.0005, 0.002):
+        student = copy.deepcopy(network)
+        for module in student.modules():
+            if is_quantized(module):
+                coarsen_(module, torch.tensor(factor))  # so fine that rounding hardly counts
+        before = [latent_weight(m) for m in student.modules() if is_quantized(m)]
+        fit(student, task, config, seed=0, teacher=teacher, paces=paces(student))
+        after = [latent_weight(m) for m in student.modules() if is_quantized(m)]
+        moved.append([b - a for a, b in zip(before, after, strict=True)])
+    for fine, coarse in zip(*moved, strict=True):
+        torch.testing.assert_close(fine, coarse, rtol=0.1, atol=0.05 * float(fine.abs().max()))
+
+
+def test_a_layer_with_finer_steps_learns_slower(network, teacher, task):
+    student = copy.deepcopy(network)
+    coarsen_(student.classifier, torch.tensor(1e-3))
+    whole = latent_weight(student.classifier)
+    fit(student, task, CONFIG, seed=0, teacher=teacher, paces=paces(student))
+    slow = (latent_weight(student.classifier) - whole).abs().max()
+    quick = copy.deepcopy(network)
+    fit(quick, task, CONFIG, seed=0, teacher=teacher, paces=paces(quick))
+    assert slow < 1e-2 * (latent_weight(quick.classifier) - whole).abs().max()
+
+
 def zero_filters_(network, name, n=3):
     """Give the first filters of a layer steps so coarse that nothing is left of them."""
     layer = network.get_submodule(name)
@@ -213,7 +242,7 @@ def test_filters_of_zeros_go_on_learning_where_no_batch_norm_follows(network, te
 
 def test_a_network_without_filters_of_zeros_trains_as_ever(network, teacher, task):
     result, _ = retrain(network, teacher, task)
-    fit(network, task, CONFIG, seed=0, teacher=teacher)
+    fit(network, task, CONFIG, seed=0, teacher=teacher, paces=paces(network))
     expected = network.state_dict()
     assert all(expected[key].equal(value) for key, value in result.state_dict().items())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Layer = nn.Conv2d | nn.Linear
+UNROUNDED = "parametrizations.weight.original"  # parameter of a layer that learns in another form
 MAX_INTEGER = 2**15 - 1  # of a quantised weight; finer steps would cost bits for nothing
 
 
@@ -224,7 +225,7 @@ def share_levels_(module: nn.Module, levels: Tensor, indices: Tensor) -> None:
 
 def levels_of(module: nn.Module) -> Tensor:
     """Return the ``(K,)`` levels that a layer with a codebook learns."""
-    return module.get_parameter("parametrizations.weight.original")
+    return module.get_parameter(UNROUNDED)
 
 
 def indices_of(module: nn.Module) -> Tensor:
@@ -259,7 +260,7 @@ def integers_of(module: nn.Module) -> Tensor:
 
 
 def _units_of(module: nn.Module) -> Tensor:
-    return module.get_parameter("parametrizations.weight.original")
+    return module.get_parameter(UNROUNDED)
 
 
 def latent_weight(module: nn.Module) -> Tensor:

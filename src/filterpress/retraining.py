@@ -6,12 +6,12 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from filterpress.representations import coarsen_, is_quantized
+from filterpress.representations import UNROUNDED, coarsen_, is_quantized, step_of
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, Progress, best_device, fit, predictor
@@ -24,17 +24,13 @@ IMAGES = 1024  # on which batch-norm is then measured again
 class RetrainConfig(FitConfig):
     """How to retrain: as `FitConfig`, with defaults for fine-tuning and early stopping.
 
-    Quantised weights learn in units of their steps, the factors of batch-norm are about one: with
-    steps of the size that AdamW takes, one learning rate suits them all.
-
     Attributes:
         margin: Accuracy above the floor, on the validation set, at which retraining stops early.
     """
 
     epochs: int = 8
-    lr: float = 0.005
+    lr: float = 0.02
     warmup: float = 0.1
-    optimizer: Literal["sgd", "adamw"] = "adamw"
     weight_decay: float = 0.0
     margin: float = 0.001
 
@@ -86,6 +82,7 @@ def retrain_quantized(
             teacher=teacher,
             stop=lambda score: score >= goal,
             progress=progress,
+            paces=paces(student),
         )
     score, coarser = result.validation_score, 0
     n_bytes = size(student)
@@ -113,6 +110,26 @@ def retrain_quantized(
         "improved": improved,
         "coarsened": coarser,
     }
+
+
+def paces(network: nn.Module) -> dict[str, float]:
+    """Return factors of the learning rate with which quantised weights learn like plain ones.
+
+    They learn in units of their steps, and descent by a gradient in units of w moves a weight by
+    ``w**2`` times what it would move plainly. The factor makes up for that at the median step, and
+    is one for the whole network, because a step costs the same anywhere in it.
+
+    Args:
+        network: The network.
+
+    Returns:
+        Factors by the name of the parameter.
+    """
+    quantized = {name: m for name, m in network.named_modules() if is_quantized(m)}
+    if not quantized:
+        return {}
+    typical = torch.cat([step_of(module) for module in quantized.values()]).median()
+    return {f"{name}.{UNROUNDED}": float(typical**-2) for name in quantized}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Each step lowers
 
-    (1 - alpha) * L(outputs, targets) + alpha * T**2 * KL(teacher || student)    [+ regularizer]
+    (1 - alpha) * L(outputs, targets) + alpha * T**2 * KL(teacher || student)
 
 where L is the loss of the task and the softmaxes of KL are taken of outputs / T. T**2 keeps the
 gradient of the second term from shrinking with T.
@@ -23,7 +23,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -120,7 +120,7 @@ def fit(
     teacher: nn.Module | None = None,
     stop: Callable[[float], bool] | None = None,
     progress: Progress | None = None,
-    regularizer: Callable[[nn.Module], Tensor] | None = None,
+    paces: Mapping[str, float] | None = None,
 ) -> FitResult:
     """Train a network in place and leave it in its best state on the validation set.
 
@@ -136,7 +136,7 @@ def fit(
         stop: Called with the validation score after each epoch; True ends the training.
         progress: Called after each step with the epoch from 0, the step from 1, the number of
             steps in an epoch, and the loss of the whole batch.
-        regularizer: Called with the network in each step; its result is added to the loss.
+        paces: Factors of the learning rate, by the name of the parameter; 1 for all others.
 
     Returns:
         The scores, and which epoch was kept.
@@ -172,12 +172,11 @@ def fit(
             outputs = _forward(replica, images, bfloat16)
             # A clone, because a tensor of inference mode cannot be kept for the backward pass.
             soft = imitated(images).to(device).clone() if imitated else None
-            loss = _loss(task, config, outputs, targets, soft)
-            return loss + regularizer(model) if regularizer else loss
+            return _loss(task, config, outputs, targets, soft)
 
         n_steps = steps_per_epoch(task, config.batch_size)
         rates = (learning_rate(config, (k + 0.5) / (config.epochs * n_steps)) for k in count())
-        optimizer = _optimizer(model, config)
+        optimizer = _optimizer(model, config, paces or {})
         predict = predictor(model, device, config.precision)
         generator = torch.Generator().manual_seed(seed)
         scores: list[float] = []
@@ -338,23 +337,29 @@ def _descend(
             raise ModelError(f"the loss became {value} while training; lower lr")
         rate = next(rates)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["pace"]
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         yield value
 
 
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in free if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+def _optimizer(
+    model: nn.Module, config: FitConfig, paces: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, paces.get(name, 1.0)), []).append(parameter)
+    settings = [
+        {"params": members, "weight_decay": decay, "pace": pace}
+        for (decay, pace), members in groups.items()
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.AdamW(settings, lr=config.lr)
     nesterov = config.momentum > 0
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+    return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
 
 
 def steps_per_epoch(task: Task, batch_size: int) -> int:
