@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,8 +13,11 @@ from filterpress.rounding import (
     BITS_COUNT,
     DAMPING,
     code_lengths,
+    descend,
     quantize_compensated_,
     round_compensated,
+    round_compensated_to,
+    round_nearest_to,
 )
 from filterpress.statistics import Moments
 
@@ -177,3 +181,89 @@ def test_second_moments_that_are_indefinite_by_rounding_are_damped_until_they_ar
     weight, steps = draw(8, 30), torch.full((8,), 0.4)
     units = round_compensated(weight, steps, moments, FREE)
     assert (units * 0.4 - weight).abs().max() < 2
+
+
+def table_of(n_rows, *levels):
+    return torch.tensor(levels).expand(n_rows, -1)
+
+
+def made(levels, places):
+    return levels.gather(1, places)
+
+
+def test_the_nearest_level_of_each_row_is_taken():
+    levels = torch.tensor([[-1.0, 0.0, 2.0], [-3.0, 0.5, 0.7]])
+    weight = torch.tensor([[-9.0, -0.6, 0.9, 1.1], [-1.3, -1.2, 0.59, 0.61]])
+    expected = (weight[..., None] - levels[:, None]).abs().argmin(dim=-1)
+    assert round_nearest_to(weight, levels).equal(expected)
+
+
+def test_independent_inputs_leave_the_nearest_levels():
+    weight, levels = draw(6, 40), torch.sort(draw(6, 7, seed=1)).values
+    found = round_compensated_to(weight, levels, Moments(torch.eye(40)[None], torch.ones(6)))
+    assert found.equal(round_nearest_to(weight, levels))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_many_equal_steps_are_rounded_to_as_integers_without_a_price(groups):
+    moments, weight = correlated(12, 200, groups=groups), draw(12, 200)
+    steps = torch.linspace(0.3, 0.9, 12)
+    integers = torch.arange(-100.0, 101.0)
+    found = round_compensated_to(weight, integers * steps[:, None], moments) - 100
+    expected = round_compensated(weight, steps, moments, FREE)
+    assert (found != expected).double().mean() < 0.01  # ties, and what follows from them
+
+
+@pytest.mark.parametrize(
+    "levels", [(-1.0, 1.0), (-1.2, 0.0, 1.2), (-1.5, -0.6, -0.2, 0.1, 0.8)], ids=len
+)
+def test_feedback_damages_less_than_the_nearest_levels(levels):
+    weight, moments = draw(16, 108), correlated(16, 108)
+    table = table_of(16, *levels)
+    nearest = made(table, round_nearest_to(weight, table))
+    found = made(table, round_compensated_to(weight, table, moments))
+    assert moments.error(found - weight) < 0.8 * moments.error(nearest - weight)
+
+
+def test_what_is_never_seen_takes_the_level_nearest_zero():
+    moments = correlated(8, 30)
+    seen = torch.arange(30) % 3 > 0
+    moments.inputs[0, ~seen] = 0
+    moments.inputs[0, :, ~seen] = 0
+    places = round_compensated_to(draw(8, 30), table_of(8, -1.0, -0.1, 1.0), moments)
+    assert (places[:, ~seen] == 1).all()
+    assert (places[:, seen] != 1).any()
+
+
+def moved(places, row, column, by):
+    twin = places.clone()
+    twin[row, column] += by
+    return twin
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_after_the_descent_no_single_move_lowers_the_damage(groups):
+    weight, moments = draw(6, 20), correlated(6, 20, groups=groups)
+    table = torch.sort(draw(6, 5, seed=7)).values
+    start = round_nearest_to(weight, table)
+    found = descend(weight, table, moments, start)
+
+    def damages(places):
+        return moments.errors(made(table, places) - weight)
+
+    least = damages(found)
+    assert (least <= damages(start)).all()
+    assert least.sum() < 0.9 * damages(start).sum()
+    for row, column, by in itertools.product(range(6), range(20), (-1, 1)):
+        if 0 <= found[row, column] + by < 5:
+            after = damages(moved(found, row, column, by))[row]
+            assert after >= least[row] - 1e-4 * damages(start)[row]
+
+
+def test_the_descent_leaves_what_is_best_already():
+    weight = draw(6, 40)
+    table = table_of(6, -1.0, 0.0, 1.0)
+    start = round_nearest_to(weight, table)
+    assert descend(weight, table, Moments(torch.eye(40)[None], torch.ones(6)), start).equal(start)
+    nothing = Moments(torch.zeros(1, 40, 40), torch.ones(6))
+    assert descend(weight, table, nothing, start).equal(start)

@@ -42,6 +42,7 @@ def test_inputs_are_the_second_moment_of_unfolded_patches(kind):
     seen = unfolded(layer, IMAGES)
     expected = torch.einsum("gnd,gne->gde", seen, seen) / seen.shape[1]
     torch.testing.assert_close(found.inputs, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mean, seen.mean(dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -119,6 +120,18 @@ def test_directions_have_the_curvature_of_the_softened_softmax():
     torch.testing.assert_close(
         drawn.T @ drawn / len(drawn), torch.diag(p) - p[:, None] * p, rtol=0, atol=3e-3
     )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_importance_is_what_an_error_of_one_weight_costs(groups):
+    root = torch.randn(groups, 5, 5)
+    moments = Moments(root @ root.mT, torch.rand(6))
+    for row, column in ((0, 0), (3, 4), (5, 2)):
+        delta = torch.zeros(6, 5)
+        delta[row, column] = 0.3
+        assert moments.error(delta) == pytest.approx(
+            0.5 * 0.09 * float(moments.importance[row, column])
+        )
 
 
 @pytest.mark.parametrize("groups", [1, 3])

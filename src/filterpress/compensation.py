@@ -53,7 +53,7 @@ def channel_statistics(
         moments: Statistics of all layers.
     """
     columns = _columns(member, model.get_submodule(member.name))  # type: ignore[arg-type]
-    second, gain = moments[member.name]
+    second, gain = moments[member.name].inputs, moments[member.name].gain
     taps = second[0][columns[:, None, :], columns[None, :, :]]  # (n, n, T)
     channels = taps.mean(dim=2)
     mass = taps.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)  # (T,)

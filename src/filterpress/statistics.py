@@ -44,6 +44,13 @@ class Moments(NamedTuple):
 
     inputs: Tensor  # (groups, d, d) mean of patch patch^T over images and positions
     gain: Tensor  # (O,) squared derivative of the outputs, summed over positions, mean of images
+    mean: Tensor = torch.empty(0)  # (groups, d) of the patches; empty where it was not measured
+
+    @property
+    def importance(self) -> Tensor:
+        """What a squared error of each weight costs, if it is the only one: twice, ``(O, d)``."""
+        power = self.inputs.diagonal(dim1=1, dim2=2)
+        return self.gain[:, None] * power.repeat_interleave(len(self.gain) // len(power), dim=0)
 
     def error(self, delta: Tensor) -> float:
         """Return the damage ``D`` of a weight change ``(O, I/groups, kh, kw)``."""
@@ -108,11 +115,12 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
             advance()
     model.zero_grad(set_to_none=True)
     count = len(images)
-    for name, (inputs, gain) in totals.items():
-        if not (torch.isfinite(inputs).all() and torch.isfinite(gain).all()):
+    for name, total in totals.items():
+        if not (torch.isfinite(total.inputs).all() and torch.isfinite(total.gain).all()):
             raise ModelError(f"the activations of {name} must be finite, got NaN or infinity")
     return {
-        name: Moments(_symmetric(m.inputs) / count, m.gain / count) for name, m in totals.items()
+        name: Moments(_symmetric(m.inputs) / count, m.gain / count, m.mean / count)
+        for name, m in totals.items()
     }
 
 
@@ -168,8 +176,11 @@ def _listening(
             seen = patches(layer, args[0].detach(), output.shape, n_rows, generator)
             if name not in totals:
                 empty = seen.new_zeros(len(seen), seen.shape[2], seen.shape[2])
-                totals[name] = Moments(empty, seen.new_zeros(output.shape[1]))
-            add_second_moment_(totals[name].inputs, seen, len(output) / seen.shape[1])
+                gain, mean = seen.new_zeros(output.shape[1]), seen.new_zeros(empty.shape[:2])
+                totals[name] = Moments(empty, gain, mean)
+            scale = len(output) / seen.shape[1]
+            add_second_moment_(totals[name].inputs, seen, scale)
+            totals[name].mean.add_(seen.sum(dim=1), alpha=scale)
             if output.requires_grad:
                 output.register_hook(lambda gradient: backward(name, gradient))  # type: ignore[no-untyped-call]
 

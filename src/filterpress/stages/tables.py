@@ -25,8 +25,12 @@ def clusterers() -> Table:
 def reducers() -> Table:
     """Methods of the ``reduce`` stage, the default first."""
     from filterpress.methods.project_channels import ProjectionConfig, project_channels
+    from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 
-    return {"project": (project_channels, ProjectionConfig)}
+    return {
+        "project": (project_channels, ProjectionConfig),
+        "quantize": (quantize_weights, QuantizationConfig),
+    }
 
 
 def check_configs(**configs: str) -> None:
