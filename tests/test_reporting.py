@@ -211,6 +211,19 @@ def test_a_layer_says_what_was_done_to_it_by_all_stages_until_it_was_measured():
     assert layer_changes([*HISTORY, stage("cluster", 7_000, 0.9, layers=MERGED)]) == CHANGES
 
 
+def test_a_layer_says_the_width_that_the_last_reduction_gave_it():
+    def reduced(**bits):
+        return stage(
+            "reduce", 9_000, None, layers=[{"name": n, "bits": b} for n, b in bits.items()]
+        )
+
+    history = [reduced(stem=8.0, head=3.0), reduced(stem=1.0), HISTORY[-1]]
+    told = layer_changes(history)
+    assert told["stem"] == "rounded to 1 bit"
+    assert told["head"] == ""
+    assert layer_changes([reduced(head=3.0), HISTORY[-1]])["head"] == "rounded to 3 bits"
+
+
 def test_layers_are_told_as_planned_until_they_are_measured():
     told = layer_changes(HISTORY[:4])
     assert told["blocks.0.conv1"] == "1 filter removed, 2 filters merged, projected to rank 7"

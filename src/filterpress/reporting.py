@@ -342,8 +342,9 @@ def _layers_section(history: Sequence[Report]) -> str:
         return ""
     layers = _layers(history[measured[-1]])
     cut = _filters_cut(history[: measured[-1]])
+    widths = _widths(history[: measured[-1] + 1])
     largest = max(_number(layer, "n_bytes") or 0 for layer in layers)
-    rows = "".join(_layer_row(layer, largest, _changes(layer, cut)) for layer in layers)
+    rows = "".join(_layer_row(layer, largest, _changes(layer, cut, widths)) for layer in layers)
     head = _head("Layer", "Bytes", "", "Bits a weight", "Changes", "Shape")
     return _section("Layers", _table(head, rows))
 
@@ -362,7 +363,14 @@ def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
     return cut
 
 
-def _changes(layer: Report, cut: Mapping[tuple[str, str], int]) -> str:
+def _widths(history: Sequence[Report]) -> dict[str, float]:
+    """Return the bits before coding of each layer that the last ``reduce`` gave a width."""
+    reduced = [entry for entry in history if entry.get("stage") == "reduce"]
+    layers = _layers(reduced[-1]) if reduced else []
+    return {_text(e.get("name")): bits for e in layers if (bits := _size(e, "bits")) is not None}
+
+
+def _changes(layer: Report, cut: Mapping[tuple[str, str], int], widths: Mapping[str, float]) -> str:
     name = _text(layer.get("name"))
     changes = [
         f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
@@ -373,6 +381,8 @@ def _changes(layer: Report, cut: Mapping[tuple[str, str], int]) -> str:
     if rank is not None:
         parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
         changes.append(f"projected to rank {rank:.0f}{parts}")
+    if name in widths:
+        changes.append(f"rounded to {widths[name]:.0f} bit{'' if widths[name] == 1 else 's'}")
     return ", ".join(changes)
 
 

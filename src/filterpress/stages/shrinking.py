@@ -115,7 +115,7 @@ def reduce(
     seed: int = 0,
     config: str = "{}",
 ) -> Report:
-    """Project the input channels of each layer and quantise, so that the file meets the budget.
+    """Quantise the weights, by default of projected input channels, so that the file fits.
 
     Args:
         model: Package to shrink.
@@ -128,7 +128,8 @@ def reduce(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of the choice of calibration images.
-        config: JSON object with a method and fields of its config, such as {"max_groups": 1}.
+        config: JSON object with a method and fields of its config, such as {"max_groups": 1}, or
+            {"method": "quantize", "bits": 4}.
 
     Returns:
         Report with the size; its ``state`` is fits or too-big.
