@@ -41,7 +41,7 @@ def ways() -> Iterator[tuple[float, dict[str, Any] | None]]:
     """Yield ratios, 0 where the width is given, with the fields of a config; None for project."""
     for bits in (2, 3, 4):
         for grid in GRIDS:
-            for rounding in ("nearest", "compensated", "learned"):
+            for rounding in ("nearest", "compensated"):
                 yield 0, {"bits": bits, "rounding": rounding, **grid}
     for ratio in (8, 12, 20):
         yield ratio, None

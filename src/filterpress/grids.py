@@ -44,7 +44,8 @@ class Grid(NamedTuple):
 
     def rounded(self, rows: Tensor) -> Tensor:
         """Return the nearest integers to weights ``(O, d)``."""
-        return Quantized(*self).integers(rows)
+        form = Quantized(*self)
+        return form.integers(form.right_inverse(rows))
 
 
 def range_grid(rows: Tensor, bits: int, *, symmetric: bool) -> Grid:
