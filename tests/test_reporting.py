@@ -211,6 +211,22 @@ def test_a_layer_says_what_was_done_to_it_by_all_stages_until_it_was_measured():
     assert layer_changes([*HISTORY, stage("cluster", 7_000, 0.9, layers=MERGED)]) == CHANGES
 
 
+def test_a_search_shows_every_size_tried_and_marks_the_one_it_kept():
+    tries = [
+        {"n_bytes": 9_000, "validation_accuracy": 0.95, "decision": "publish", "retrains": 0},
+        {"n_bytes": 3_000, "validation_accuracy": 0.80, "decision": "give-up", "retrains": 2},
+        {"n_bytes": 4_500, "validation_accuracy": 0.94, "decision": "publish", "retrains": 1},
+        {"n_bytes": 2_000, "validation_accuracy": 0.10, "decision": "too-big", "retrains": 0},
+    ]
+    page = reporting.render({"history": [stage("search", 4_500, 0.94, tries=tries)]})
+    section = page[page.index("Sizes tried") : page.index("<h2>Stages")]
+    assert re.findall(r'class="n">([\d,]{5})<', section) == ["9,000", "4,500", "3,000", "2,000"]
+    (kept,) = re.findall(r'"mark last".*?<title>(.*?)</title>', section)
+    assert "try 3" in kept
+    assert "try 4" not in section
+    assert "Sizes tried" not in reporting.render({"history": HISTORY})
+
+
 def test_a_layer_says_the_width_that_the_last_reduction_gave_it():
     def reduced(**bits):
         return stage(

@@ -55,6 +55,7 @@ def draw(
     split: str,
     max_bytes: float | None = None,
     min_accuracy: float | None = None,
+    kept: Point | None = None,
 ) -> str:
     """Draw the way of a run through size and accuracy.
 
@@ -63,6 +64,7 @@ def draw(
         split: Name of the data that the accuracy was measured on.
         max_bytes: Size threshold, if known.
         min_accuracy: Accuracy threshold, a fraction, if known.
+        kept: The point that stands out, the last one by default.
 
     Returns:
         An ``<svg>`` element, every text in it escaped.
@@ -76,7 +78,8 @@ def draw(
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{_goal(frame, max_bytes, min_accuracy)}{_size_axis(frame)}"
-        f"{_accuracy_axis(frame, split)}{_path(frame, points)}{_marks(frame, points)}</svg>"
+        f"{_accuracy_axis(frame, split)}{_path(frame, points)}"
+        f"{_marks(frame, points, kept or points[-1])}</svg>"
     )
 
 
@@ -132,7 +135,7 @@ def _path(frame: Frame, points: Sequence[Point]) -> str:
     return f'<polyline class="path" points="{places}"/>'
 
 
-def _marks(frame: Frame, points: Sequence[Point]) -> str:
+def _marks(frame: Frame, points: Sequence[Point], kept: Point) -> str:
     """Draw the points; those that coincide share one mark, named by all of their numbers."""
     places = [(round(frame.x(p.n_bytes)), round(frame.y(p.accuracy))) for p in points]
     groups: dict[Place, list[Point]] = {place: [] for place in places}
@@ -142,7 +145,7 @@ def _marks(frame: Frame, points: Sequence[Point]) -> str:
     placed = place_labels(labels, _along(places))
     marks = []
     for (x, y), group in groups.items():
-        last = " last" if points[-1] in group else ""
+        last = " last" if kept in group else ""
         told = "; ".join(
             f"{p.number} {p.name}: {p.n_bytes:,.0f} bytes, {p.accuracy:.2%}" for p in group
         )

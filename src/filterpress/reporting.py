@@ -274,14 +274,21 @@ def _search_section(history: Sequence[Report], final: Report) -> str:
         chart.Point(number, f"try {number}", n_bytes, accuracy)
         for number, entry, n_bytes in tries
         if (accuracy := _fraction(entry, "validation_accuracy")) is not None
+        if entry.get("decision") != "too-big"  # says nothing of the size asked for
     ]
     if not points:
         return ""
+    passed = {number for number, entry, _ in tries if entry.get("decision") == "publish"}
+    kept = min((p for p in points if p.number in passed), key=_bytes_of, default=None)
     floor = _fraction(final, "min_accuracy")
-    drawing = chart.draw(points, split="Validation", max_bytes=None, min_accuracy=floor)
+    drawing = chart.draw(points, split="Validation", min_accuracy=floor, kept=kept)
     rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
     table = _table(_head("#", "Outcome", "Bytes", "Validation", "Retrains"), rows)
     return _section("Sizes tried", drawing + table)
+
+
+def _bytes_of(point: chart.Point) -> float:
+    return point.n_bytes
 
 
 def _try_row(number: int, entry: Report) -> str:
