@@ -16,12 +16,12 @@ from filterpress import training
 from filterpress.data import Arrays, DataSet
 from filterpress.errors import DataError, ModelError
 from filterpress.models import build
+from filterpress.processes import is_main
 from filterpress.tasks import ImageClassification, load_task
 from filterpress.training import (
     FitConfig,
     distillation_loss,
     fit,
-    is_main,
     learning_rate,
     predictor,
 )

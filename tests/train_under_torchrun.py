@@ -10,7 +10,8 @@ import torch.distributed as dist
 from test_training import QUICK, easy_task, linear_net, small_net
 from torch import nn
 
-from filterpress.training import fit, is_main
+from filterpress.processes import is_main
+from filterpress.training import fit
 
 
 class Witness(nn.Flatten):

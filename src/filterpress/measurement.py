@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from filterpress import codec, package
 from filterpress.codec.graph import to_onnx
+from filterpress.processes import best_device
 from filterpress.progress import progress
 from filterpress.representations import Projected
 from filterpress.tasks import Predict, Task
-from filterpress.training import best_device, predictor
+from filterpress.training import predictor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

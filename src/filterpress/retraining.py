@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filterpress.processes import best_device
 from filterpress.representations import UNROUNDED, coarsen_, is_quantized, step_of
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.tasks import Task, calibration
-from filterpress.training import FitConfig, Progress, best_device, fit, predictor
+from filterpress.training import FitConfig, Progress, fit, predictor
 
 COARSER = 1.03  # steps grow by this until the file fits again
 IMAGES = 1024  # on which batch-norm is then measured again

@@ -17,17 +17,14 @@ is decided by a loss, a score or a file is decided once, for all of them.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import count
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,14 +33,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from filterpress.errors import DataError, ModelError
+from filterpress.processes import best_device, from_main, is_main, join, rank, world
 from filterpress.tasks import Predict, Task
 
 log = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int, int, float], None]
-T = TypeVar("T")
-
-PATIENCE = timedelta(hours=2)  # of processes with one that downloads the data or takes the score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +144,22 @@ def fit(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("the network has no parameter that can be trained")
     device = best_device()
-    _join_processes()
-    least = 2 * _world()
+    join()
+    least = 2 * world()
     if (n := task.size("train")) < least:
         raise DataError(f"training needs at least {least} images, got {n}")
     if config.batch_size < least:
         raise ValueError(
-            f"batch_size must be at least {least}, two for each of {_world()} processes, "
+            f"batch_size must be at least {least}, two for each of {world()} processes, "
             f"got {config.batch_size}"
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(seed + _rank())
+        torch.manual_seed(seed + rank())
         for network in (model, teacher):
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
-        replica = DistributedDataParallel(model) if _world() > 1 else model
+        replica = DistributedDataParallel(model) if world() > 1 else model
         bfloat16 = _in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
@@ -222,59 +217,6 @@ def predictor(
             return _forward(model, images.to(device), bfloat16).cpu()
 
     return predict
-
-
-def best_device() -> torch.device:
-    """Name the accelerator of this process, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def is_main() -> bool:
-    """Say whether this is the process that writes files: the only one, or rank 0 of several."""
-    return _rank() == 0
-
-
-def from_main(work: Callable[[], T]) -> T:
-    """Do in the main process what one alone can do or judge, and tell all what came of it.
-
-    Args:
-        work: Called in the main process; the others wait for it in the same call.
-
-    Returns:
-        What it returned there.
-
-    Raises:
-        Exception: What it raised there.
-    """
-    _join_processes()
-    if _world() == 1:
-        return work()
-    told: list[Any] = [None, None]  # the result, the exception
-    if is_main():
-        try:
-            told[0] = work()
-        except Exception as error:  # noqa: BLE001 (each process raises it below)
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def first_here() -> Iterator[None]:
-    """Let one process of each machine do the block before the others: it fills their caches."""
-    _join_processes()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        _wait_for_all()
-    try:
-        yield
-    finally:
-        if first:
-            _wait_for_all()
 
 
 def learning_rate(config: FitConfig, share: float) -> float:
@@ -365,7 +307,7 @@ def _optimizer(
 def steps_per_epoch(task: Task, batch_size: int) -> int:
     """Count the steps of one epoch; a last batch too small to train on is none."""
     full, rest = divmod(task.size("train"), batch_size)
-    return full + (rest >= 2 * _world())
+    return full + (rest >= 2 * world())
 
 
 def _shards(
@@ -376,26 +318,26 @@ def _shards(
     All processes draw the same batches and take every n-th image, equally many each. A last batch
     that leaves a process with one image is skipped: batch normalisation needs two.
     """
-    world, rank = _world(), _rank()
+    n, first = world(), rank()
     for images, targets in task.batches("train", batch_size, generator=generator, device=device):
-        each = len(images) // world
+        each = len(images) // n
         if each >= 2:
-            mine = slice(rank, each * world, world)
+            mine = slice(first, each * n, n)
             yield images[mine], targets[mine]
 
 
 def _mean_of_all(loss: Tensor) -> float:
     """Return the loss of the whole batch, so that all processes judge it alike."""
-    if _world() == 1:
+    if world() == 1:
         return loss.item()
     total = loss.detach().clone()
     dist.all_reduce(total)
-    return total.item() / _world()
+    return total.item() / world()
 
 
 def _validation_score(model: nn.Module, task: Task, predict: Predict) -> float:
     """Score the network of rank 0, after giving its running statistics to the other processes."""
-    if _world() > 1:
+    if world() > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
@@ -437,28 +379,3 @@ def _in_bfloat16(precision: Precision, model: nn.Module, device: torch.device) -
     return bool(native) and not any(
         isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in model.modules()
     )
-
-
-def _join_processes() -> None:
-    """Join the process group that torchrun describes, once in the life of a process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    device = best_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
-
-
-def _wait_for_all() -> None:
-    if _world() > 1:
-        dist.barrier()
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

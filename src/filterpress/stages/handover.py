@@ -60,7 +60,7 @@ def hand_on(
         The report with the numbers every stage gives; those that only an evaluation knows are None.
     """
     from filterpress import measurement, package
-    from filterpress.training import is_main
+    from filterpress.processes import is_main
 
     encoded = package.encode(source, network)
     n_parameters, macs = package.count(network, source.input_shape)

@@ -57,8 +57,9 @@ def train(
         Report with the network's size, accuracy, parameters and multiply-accumulates.
     """
     from filterpress import measurement, models, package, settings
+    from filterpress.processes import first_here, from_main, is_main
     from filterpress.tasks import load_task
-    from filterpress.training import FitConfig, first_here, fit, from_main, is_main
+    from filterpress.training import FitConfig, fit
 
     fields = settings.parse(config)
     fit_config = settings.configure(FitConfig, fields)
@@ -131,8 +132,8 @@ def retrain(
         Report with the epochs used and the validation accuracy reached.
     """
     from filterpress import package, settings
+    from filterpress.processes import first_here, from_main
     from filterpress.retraining import RetrainConfig, retrain_quantized
-    from filterpress.training import first_here, from_main
 
     if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
         return from_main(lambda: pass_on(model, out))
@@ -163,8 +164,9 @@ def retrain(
 @contextlib.contextmanager
 def _progress(description: str, task: Task, config: FitConfig) -> Iterator[Progress | None]:
     """Show the steps of a training in the main process."""
+    from filterpress.processes import is_main
     from filterpress.progress import progress
-    from filterpress.training import is_main, steps_per_epoch
+    from filterpress.training import steps_per_epoch
 
     if not is_main():
         yield None
