@@ -45,8 +45,12 @@ ROUNDS, SIZE_TRIES, RETRAINS = 3, 2, 2
 
 
 class Stairs(NamedTuple):
-    """The sub-pipelines of the rounds, from the first; KFP wants them made before the pipeline."""
+    """The sub-pipelines of the rounds, from the first; KFP wants them made before the pipeline.
 
+    ``size_tries`` is the number of pairs of cluster and reduce in each.
+    """
+
+    size_tries: int
     rounds: list[GraphComponent]
     retrain_loops: list[GraphComponent]  # empty without retrains
 
@@ -76,6 +80,7 @@ def build(
             raise ValueError(f"{bound} must be at least {least}, got {value}")
     numbers = range(1, rounds + 1)
     stairs = Stairs(
+        size_tries=size_tries,
         rounds=[make_round(n, size_tries, cache_evaluate) for n in numbers],
         retrain_loops=[make_retrain_loop(n, retrains, cache_evaluate) for n in numbers if retrains],
     )
@@ -139,7 +144,7 @@ def define(stairs: Stairs) -> GraphComponent:
         trained = call(train, given, config=train_config).outputs["trained"]
         pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
         given["trained"] = trained
-        found = call(search, given, model=pruned)
+        found = call(search, given, model=pruned, size_tries=stairs.size_tries)
         add_level(given, stairs, found.outputs["found"], found.outputs["Output"], 1)
 
     return pipeline

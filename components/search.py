@@ -13,6 +13,7 @@ def search(
     min_accuracy: str,
     max_minutes: int,
     max_retrains: int,
+    size_tries: int,
     seed: int,
     cluster_config: str,
     reduce_config: str,
@@ -33,6 +34,7 @@ def search(
         min_accuracy: Accuracy floor: a fraction, or points below the trained network.
         max_minutes: Time for the search.
         max_retrains: Retrains for each size tried.
+        size_tries: Pairs of cluster and reduce for each size tried.
         seed: Seed of everything random.
         cluster_config: JSON: a method and what overrides its config.
         reduce_config: JSON: a method and what overrides its config.
@@ -59,6 +61,7 @@ def search(
         min_accuracy=min_accuracy,
         max_minutes=max_minutes,
         max_retrains=max_retrains,
+        size_tries=size_tries,
         seed=seed,
         cluster_config=cluster_config,
         reduce_config=reduce_config,

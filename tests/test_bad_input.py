@@ -80,7 +80,7 @@ UNKNOWN = [
     (["train", "--config", "{epochs: 1}"], ["config must be a JSON object"]),
     (["prune", "--config", '{"method": "magic"}'], ["['similarity']", "'magic'"]),
     (["cluster", "--config", '{"method": "similarity"}'], ["['merge']", "'similarity'"]),
-    (["reduce", "--config", '{"method": 3}'], ["['project']", "3"]),
+    (["reduce", "--config", '{"method": 3}'], ["['project', 'quantize']", "3"]),
     (["prune", "--config", '{"threshold": 1.5}'], ["threshold must be in (0, 1], got 1.5"]),
     (["cluster", "--config", '{"images": 0}'], ["images must be at least 1, got 0"]),
     (["reduce", "--config", '{"headroom": 1}'], ["headroom must be in [0, 1), got 1"]),

@@ -91,7 +91,7 @@ def test_a_component_has_no_default_because_the_pipeline_has_them(name):
 
 def test_only_the_deciding_components_return_a_value_and_it_is_one_string():
     returns = {name: component(name).python_func.__annotations__.get("return") for name in STAGES}
-    assert {name for name, kind in returns.items() if kind} == {"reduce", "evaluate"}
+    assert {name for name, kind in returns.items() if kind} == {"search", "reduce", "evaluate"}
     assert {kind for kind in returns.values() if kind} == {str}
 
 
