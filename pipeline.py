@@ -37,7 +37,7 @@ from components.publish import publish
 from components.search import search
 from components.train import train
 from filterpress import stages, terminal
-from filterpress.budget import SMALLEST, parse_accuracy, parse_size
+from filterpress.budget import check_spelling
 from filterpress.flags import Debug, Json, with_flags_of
 
 NAME = "filterpress"
@@ -255,7 +255,7 @@ def run(
 ) -> None:
     """Run the pipeline on this machine, one process a step; what did not change is reused."""
     with terminal.polite(debug):
-        check_thresholds(parameters)
+        check_spelling(parameters["max_size"], parameters["min_accuracy"])
         stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
         out = out.resolve()
         arguments = on_this_machine(parameters, out)
@@ -283,7 +283,7 @@ def submit(
 ) -> None:
     """Submit a run to a cluster; steps that it has done before are reused."""
     with terminal.polite(debug):
-        check_thresholds(parameters)
+        check_spelling(parameters["max_size"], parameters["min_accuracy"])
         bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
         pipeline = build(**bounds, size_tries=size_tries)
         if image:
@@ -297,20 +297,6 @@ def submit(
             token=token_file.read_text(encoding="utf-8").strip() if token_file else "",
         )
     print(address)
-
-
-def check_thresholds(parameters: dict[str, Any]) -> None:
-    """Refuse thresholds at once that a step would refuse after the training.
-
-    Args:
-        parameters: Parameters of the run.
-
-    Raises:
-        ValueError: A threshold breaks its rule.
-    """
-    if parameters["max_size"] != SMALLEST:
-        parse_size(parameters["max_size"], baseline_bytes=10**9)
-    parse_accuracy(parameters["min_accuracy"], baseline=1.0)
 
 
 if __name__ == "__main__":

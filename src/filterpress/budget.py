@@ -79,6 +79,21 @@ def parse_size(text: str | int, baseline_bytes: int) -> int:
     return max(1, int(number * _UNITS[unit]))
 
 
+def check_spelling(max_size: str, min_accuracy: str) -> None:
+    """Refuse thresholds that are not written as such, before there is a network to take them of.
+
+    Args:
+        max_size: As for `parse_size`, or `SMALLEST`.
+        min_accuracy: As for `parse_accuracy`.
+
+    Raises:
+        ValueError: One of them breaks its rule.
+    """
+    if max_size != SMALLEST:
+        parse_size(max_size, baseline_bytes=10**9)
+    parse_accuracy(min_accuracy, baseline=1.0)
+
+
 def parse_accuracy(text: str | float, baseline: float) -> float:
     """Turn a written accuracy floor into a fraction.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filterpress import files, stages
-from filterpress.budget import SMALLEST, Budget, parse_accuracy, parse_size
+from filterpress.budget import SMALLEST, Budget, check_spelling
 from filterpress.errors import PackageError
 from filterpress.stages.rounds import Run, one_round
 
@@ -126,9 +126,7 @@ def _finish(run: Run, last: Path, decision: str) -> Report:
 
 def _check(given: Report) -> None:
     """Refuse at once what a stage would refuse after hours."""
-    if given["max_size"] != SMALLEST:
-        parse_size(given["max_size"], 10**9)
-    parse_accuracy(given["min_accuracy"], 1.0)
+    check_spelling(given["max_size"], given["min_accuracy"])
     Budget(
         max_bytes=1,
         min_accuracy=0,
