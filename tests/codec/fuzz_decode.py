@@ -96,7 +96,7 @@ def body(data: bytes) -> None:
 def content(data: bytes) -> None:
     """Decode a file of metadata and payloads; what is read is what `encode` writes."""
     metadata, payloads = unpacked(data)
-    whole = signed(b"FPK\x02" + packed(metadata) + payloads)
+    whole = signed(b"FPK\x03" + packed(metadata) + payloads)
     if encode(*decode(whole, MAX_BYTES)) != whole:
         raise AssertionError("a file was read that encode would have written otherwise")
 
@@ -114,7 +114,7 @@ def delta_body(data: bytes) -> None:
 def change(data: bytes) -> None:
     """Apply a delta of metadata and changes, which promises the file `NEW`."""
     metadata, changes = unpacked(data)
-    head = b"FPD\x01" + OLD[-16:] + NEW[-16:]
+    head = b"FPD\x02" + OLD[-16:] + NEW[-16:]
     made = apply_delta(OLD, signed(head + packed(metadata) + changes), MAX_BYTES)
     if made != NEW:
         raise AssertionError("a delta made another file than it promised")

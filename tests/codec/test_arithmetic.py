@@ -1,10 +1,6 @@
-"""The compiled coder against a slow one, written from docs/bitstream.md, that shares no code."""
+"""The compiled coder against the slow one."""
 
 from __future__ import annotations
-
-from fractions import Fraction
-from functools import cache
-from math import isqrt
 
 import numpy as np
 import pytest
@@ -15,203 +11,9 @@ from hypothesis.extra import numpy as hnp
 from filterpress.codec import estimate_bits
 from filterpress.codec.binarisation import decode_tensor, encode_tensor
 from filterpress.errors import BitstreamError
+from tests.codec.slow_coder import slow_encode, slow_trusts
 
 SCALAR = np.zeros((), np.int32)
-
-
-def power_of_two(eighths):
-    """2**(eighths / 256), rounded down to a multiple of 2**-52."""
-    whole, part = divmod(eighths, 256)
-    root = 2 ** (part + 52 * 256)
-    for _ in range(8):
-        root = isqrt(root)
-    return Fraction(root * 2**whole, 2**52)
-
-
-def middle(level):
-    """The magnitude in the middle of a level."""
-    if level < 4:
-        return Fraction(2 * level + 1, 64)
-    return Fraction(2 * (4 + level % 4) + 1, 64) * 2 ** (level // 4 - 1)
-
-
-def level_of(x):
-    """The level of x / 32, for whole x."""
-    octave = x.bit_length() - 1
-    return x if x < 4 else 4 * (octave - 1) + (x >> (octave - 2)) % 4
-
-
-def shift_of(level):
-    return max(level - 18, 0) // 4
-
-
-@cache
-def tail(n, level):
-    exponent = (2 * n - 1) * 256 / middle(level)
-    return Fraction((2**113 // int(2**52 * (1 + power_of_two(int(exponent))))), 2**60)
-
-
-@cache
-def first_guess(kind, level, n):
-    """The probability of a one, in 2**-24, of a context that begins with one."""
-    unit = 2 ** shift_of(level)
-    start = 1 + n * unit if kind == "upper" else 1 + (n - 1) * unit
-    if kind == "greater" and n == 0:
-        return min(max(int(tail(1, level) * 2**24), 2**15), 2**24 - 2**15)
-    level = max(level, 14)
-    if kind == "greater":
-        share = tail(start + unit, level) / max(tail(start, level), Fraction(1, 2**60))
-    else:
-        whole = tail(start, level) - tail(start + unit, level)
-        half = tail(start + unit // 2, level) - tail(start + unit, level)
-        share = half / max(whole, Fraction(1, 2**60))
-    return min(max(int(share * 2**24), 2**15), 2**24 - 2**15)
-
-
-class SlowCoder:
-    """The interval as one big integer: no carries, no buffers."""
-
-    def __init__(self):
-        self.low, self.width, self.n_bytes, self.models = 0, 2**32, 0, {}
-
-    def bit(self, context, bit):
-        if context not in self.models:
-            kind, where = context[1], context[2:]
-            told = kind in ("greater", "upper")
-            one = first_guess(kind, *where[-2:]) if told else 2**23
-            self.models[context] = one, one, 16 if told else 0
-        fast, slow, count = self.models[context]
-        zeros = (self.width * (2**24 - (fast + slow) // 2)) // 2**24
-        self.divide(zeros, bit)
-        target = 2**24 - 2**12 if bit else 2**12
-        fast += (target - fast) * (2**16 // min(count + 2, 160)) // 2**16
-        slow += (target - slow) * (2**16 // min(count + 2, 1600)) // 2**16
-        self.models[context] = fast, slow, min(count + 1, 1599)
-
-    def even(self, n_bits, value):
-        part = self.width // 2**n_bits
-        self.low += value * part
-        self.width = part if value < 2**n_bits - 1 else self.width - value * part
-        self.widen()
-
-    def divide(self, zeros, bit):
-        self.low, self.width = (self.low + zeros, self.width - zeros) if bit else (self.low, zeros)
-        self.widen()
-
-    def widen(self):
-        while self.width < 2**24:
-            self.low, self.width, self.n_bytes = self.low * 256, self.width * 256, self.n_bytes + 1
-
-    def finish(self):
-        for n in range(5):
-            unit = 256 ** (4 - n)
-            value = -(-self.low // unit) * unit
-            if value < self.low + self.width:
-                return (value // unit).to_bytes(self.n_bytes + n, "big")
-        raise AssertionError
-
-
-def slow_integer(coder, part, largest, expected, prediction, value):
-    level, magnitude = level_of(expected), abs(value)
-    coder.bit((part, "greater", 0, level, 0), int(magnitude > 0))
-    if magnitude == 0:
-        return
-    strength = sum(32 * abs(prediction) > expected * 2**n for n in range(3))
-    differs = int((value < 0) != (prediction < 0))
-    coder.bit((part, "sign", strength), differs)
-    agreement = 0 if strength == 0 else 1 + differs if strength == 1 else 3 + differs
-    units, place = divmod(magnitude - 1, 2 ** shift_of(level))
-    for n in range(1, 15 if largest == 15 else (largest - 1) // 2 ** shift_of(level) + 1):
-        coder.bit((part, "greater", agreement, level, n), int(units >= n))
-        if units < n:
-            break
-    if units >= 14:
-        digits = bin(units - 14 + 1)[3:]
-        for n in range(min(len(digits) + 1, 20)):
-            coder.bit((part, "length", n), int(n < len(digits)))
-        coder.even(len(digits), int(digits or "0", 2))
-    if shift_of(level):
-        half = 2 ** (shift_of(level) - 1)
-        coder.bit((part, "upper", level, min(units, 14)), place // half)
-        coder.even(shift_of(level) - 1, place % half)
-
-
-def slow_steps(coder, exponents):
-    mean = sum(exponents) // len(exponents) if exponents else -4096
-    coder.even(13, mean + 4096)
-    if len(exponents) > 1:
-        rows = np.array([exponents]) - mean
-        slow_matrix(
-            coder, "steps", rows, 15, 34, 1, 1, np.zeros(1, bool), np.zeros(rows.size, bool)
-        )
-
-
-def slow_zeros(coder, part, zeros, period):
-    coder.bit((part, "any"), int(any(zeros)))
-    if any(zeros):
-        for i, zero in enumerate(zeros):
-            before = i > 0 and zeros[i - 1]
-            earlier = i >= period and zeros[i - period]
-            coder.bit((part, "zero", bool(before), bool(earlier)), int(zero))
-
-
-def slow_encode(integers, exponents, name_zeros=True, level=None, largest=None):
-    coder = SlowCoder()
-    slow_steps(coder, exponents.reshape(-1).tolist())
-    if largest is None:
-        largest = min(int(np.abs(integers).max(initial=0)), 15)
-    coder.even(4, largest)
-    if largest == 0:
-        return coder.finish()
-    one_row = integers.ndim < 2 or integers.size == len(integers)
-    rows = integers.reshape(1 if one_row else len(integers), -1)
-    taps = int(np.prod(integers.shape[2:]))
-    width = integers.shape[-1] if integers.ndim > 2 else 1
-    zero_rows, zero_columns = ~rows.any(axis=1), ~rows.any(axis=0)
-    if not name_zeros:
-        zero_rows[:], zero_columns[:] = False, False
-    n_weights = int((~zero_rows).sum() * (~zero_columns).sum())
-    if level is None:
-        level = level_of(32 * int(np.abs(rows.astype(np.int64)).sum()) // n_weights)
-    coder.even(7, level)
-    slow_zeros(coder, "rows", zero_rows, 1)
-    slow_zeros(coder, "columns", zero_columns, taps)
-    slow_matrix(coder, "weights", rows, largest, level, taps, width, zero_rows, zero_columns)
-    return coder.finish()
-
-
-def moved(mean, value, n):
-    return mean + (value - mean) * (2**20 // min(n, 400)) // 2**20
-
-
-def slow_matrix(coder, part, rows, largest, level, taps, width, zero_rows, zero_columns):
-    q, unit = rows.tolist(), 2**20
-    start = int(middle(level) * unit)
-    tensor, columns, places, n_weights, n_kernels = start, [0] * rows.shape[1], [0] * taps, 0, 0
-    for r in np.flatnonzero(~zero_rows).tolist():
-        row = tensor
-        for c in range(rows.shape[1]):
-            y, x = divmod(c % taps, width)
-            n_kernels += c % taps == 0
-            if zero_columns[c]:
-                continue
-            left = q[r][c - 1] if x else None
-            above = q[r][c - width] if y else None
-            corner = q[r][c - width - 1] if x and y else 0
-            before = q[r - 1][c] if r else None
-            back = q[r][c - taps] if c >= taps else None
-            left_, above_, before_, back_ = (
-                row if near is None else abs(near) * unit for near in (left, above, before, back)
-            )
-            expected = 12 * row + 9 * (start + columns[c]) + 3 * (start + places[c % taps])
-            expected += 3 * tensor + (3 * (left_ + above_) + 2 * (before_ + back_)) // 2
-            prediction = 2 * (left or 0) + 2 * (above or 0) - corner
-            slow_integer(coder, part, largest, expected // unit, prediction, q[r][c])
-            magnitude, n_weights = abs(q[r][c]) * unit, n_weights + 1
-            row = moved(row, magnitude, c + 10)
-            tensor = moved(tensor, magnitude, n_weights + 16)
-            columns[c] = moved(columns[c], magnitude - start, min(r + 6, 64))
-            places[c % taps] = moved(places[c % taps], magnitude - start, n_kernels + 4)
 
 
 magnitudes = st.one_of(st.integers(-2, 2), st.integers(-40, 40), st.integers(-(2**20), 2**20))
@@ -267,11 +69,11 @@ def test_a_tensor_that_needs_more_room_than_first_given_is_still_right():
     ("integers", "exponents", "data"),
     [
         (np.zeros((3, 4), np.int32), np.int32(-384), "7400"),
-        (np.int32([[1, -2, 0], [0, 40, -9]]), np.int32([-300, 17]), "7b97ff88d70494295aa909a0"),
+        (np.int32([[1, -2, 0], [0, 40, -9]]), np.int32([-300, 17]), "7b97ff8c25e4f86f0600c3dc20"),
         (
             np.arange(-18, 18, dtype=np.int32).reshape(2, 2, 3, 3),
             np.int32(0),
-            "80079c3c2c13b7086c418a8f3064ee3d33da25bc9a3bdbd5ad30",
+            "80079cff9e22b058290db9c8d4c7db7f288eed17c7de52316df870",
         ),
     ],
 )
@@ -307,6 +109,20 @@ def test_independent_weights_cost_their_entropy_and_half_a_percent():
 def test_structured_weights_cost_far_less_than_their_order_0_entropy():
     integers = structured()
     assert 8 * len(encode_tensor(integers, SCALAR)) < 0.9 * order_0_bits(integers)
+
+
+def test_strengths_of_rows_channels_and_columns_are_found_where_there_are_any():
+    random, trusts = np.random.default_rng(5), {}
+    for axis in (None, 0, 1, 3):
+        shape = [size if at == axis else 1 for at, size in enumerate((48, 32, 1, 3))]
+        strength = np.exp(random.normal(0, 1.0, shape)) if axis is not None else 1.0
+        q = np.rint(laplace((48, 32, 1, 3), 20.0) * strength).astype(np.int32)
+        nothing = np.zeros(48, bool), np.zeros(96, bool)
+        trusts[axis] = slow_trusts(q.reshape(48, 96), 3, *nothing)
+        assert encode_tensor(q, SCALAR) == slow_encode(q, SCALAR)
+    assert min(trusts[None]) >= 7
+    assert [trusts[axis].index(min(trusts[axis])) for axis in (0, 1, 3)] == [0, 2, 1]
+    assert all(min(trusts[axis]) <= 4 for axis in (0, 1, 3))
 
 
 def test_smooth_kernels_cost_less_than_the_same_weights_shuffled():
@@ -404,6 +220,10 @@ def test_what_is_said_before_the_weights_must_be_true():
     for level in (0, 30, 99):
         with pytest.raises(BitstreamError, match="one way"):
             decode_tensor(slow_encode(integers, SCALAR, level=level), (2, 2), 1)
+    row, column, _ = slow_trusts(integers, 1, np.zeros(2, bool), np.zeros(2, bool))
+    for trusts in ((11 - row, column, 9), (row, 11 - column, 9)):
+        with pytest.raises(BitstreamError, match="one way"):
+            decode_tensor(slow_encode(integers, SCALAR, trusts=trusts), (2, 2), 1)
     with pytest.raises(BitstreamError, match="damaged"):
         decode_tensor(slow_encode(integers, SCALAR, level=100), (2, 2), 1)
 

@@ -73,7 +73,7 @@ def forged(header=b"{}", table=b"\0", graph=b"", payload=b"", packed=None, lengt
     metadata = text(header) + table + graph
     packed = lzma.compress(metadata, lzma.FORMAT_RAW, filters=LZMA) if packed is None else packed
     length = len(metadata) if length is None else length
-    return signed(b"FPK\x02" + number(length) + text(packed) + payload)
+    return signed(b"FPK\x03" + number(length) + text(packed) + payload)
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -122,10 +122,10 @@ def test_the_documented_layout_is_what_is_written():
     assert encode({"w": step}, b"G", {"a": 1}) == expected
 
 
-def test_a_file_of_version_2_is_read_for_ever():
+def test_a_file_of_version_3_is_read_for_ever():
     file = bytes.fromhex(
-        "46504b020f19000120cc6cdea42600303ae778833dae3edb9f63fffb7aa0007e01121814"
-        "fba51f8b778b37c2f8150afddf94c7"
+        "46504b030f19000120cc6cdea42600303ae778833dae3edb9f63fffb7aa0007e01121829"
+        "53271cb473d91cf98bb7c523362f73"
     )
     assert_equal(decode(file).tensors, {"w": QuantizedTensor(np.int32([[1, -2]]), snap([0.5]))})
     assert decode(file).graph == b"graph"
@@ -171,7 +171,7 @@ def test_a_file_with_any_bit_turned_is_refused():
 @settings(max_examples=300, deadline=None)
 def test_random_bytes_are_refused(data, with_magic):
     with pytest.raises(BitstreamError):
-        decode(b"FPK\x02" + data if with_magic else data)
+        decode(b"FPK\x03" + data if with_magic else data)
 
 
 @given(st.data())
@@ -264,9 +264,9 @@ HOSTILE = {
     "metadata that is cut off": forged(
         packed=lzma.compress(b"\2{}\0", lzma.FORMAT_RAW, filters=LZMA)[:-4], length=4
     ),
-    "metadata longer than the file": signed(b"FPK\x02" + number(9) + number(2**34)),
-    "another version": signed(b"FPK\x01" + FILE[4:-16]),
-    "nothing but a magic number": signed(b"FPK\x02"),
+    "metadata longer than the file": signed(b"FPK\x03" + number(9) + number(2**34)),
+    "another version": signed(b"FPK\x02" + FILE[4:-16]),
+    "nothing but a magic number": signed(b"FPK\x03"),
     "nothing": b"",
 }
 
@@ -289,7 +289,7 @@ def test_a_forged_file_is_refused_fast_and_in_little_memory(data):
         (HOSTILE["metadata that is said to be 2 GiB"], "2147483648 bytes of metadata"),
         (HOSTILE["dimensions whose product overflows"], "are allowed"),
         (HOSTILE["a payload that is longer than said"], "should take 4 bytes, but 5 are there"),
-        (HOSTILE["another version"], "version 2"),
+        (HOSTILE["another version"], "version 3"),
     ],
 )
 def test_the_error_says_what_is_wrong(data, message):

@@ -62,7 +62,7 @@ def table(*entries):
 
 def forged(old, changes, metadata=b"\0", promised=bytes(16)):
     """Return a delta with a right digest and parts that `make_delta` would not write."""
-    return signed(b"FPD\x01" + old[-16:] + promised + metadata + changes)
+    return signed(b"FPD\x02" + old[-16:] + promised + metadata + changes)
 
 
 def tensor(integers, exponents=0):
@@ -128,35 +128,39 @@ def test_a_delta_makes_the_new_file_of_the_old_one_byte_for_byte(pair):
 
 
 def test_equal_tensors_and_metadata_are_copied():
-    assert make_delta(OLD, OLD) == signed(b"FPD\x01" + 2 * OLD[-16:] + b"\0" + b"\0\0\0")
+    assert make_delta(OLD, OLD) == signed(b"FPD\x02" + 2 * OLD[-16:] + b"\0" + b"\0\0\0")
 
 
 def test_the_documented_layout_is_what_is_written():
-    old = file(copied=BIAS, shifted=tensor([[0, 0, 4], [8, 0, 0]], -64))
-    whole, shifted = tensor([7, 7]), tensor([[0, 0, 2], [4, 1, 0]], 0)
+    half, moved = (
+        np.int32([[0, 0, 2, 5, -7], [4, 0, 0, -6, 8]]),
+        np.int32([[0] * 5, [0, 1, 0, 0, 0]]),
+    )
+    old = file(copied=BIAS, shifted=tensor(2 * half, -64))
+    whole, shifted = tensor([7, 7]), tensor(half + moved, 0)
     new = file(copied=BIAS, shifted=shifted, whole=whole)
-    change = encode_tensor(np.int32([[0, 0, 0], [0, 1, 0]]), np.int32(64))
+    change = encode_tensor(moved, np.int32(64))
     kept = encode_tensor(BIAS.integers, np.int32(-128))
     coded = encode_tensor(shifted.integers, np.int32(0))
     other = encode_tensor(whole.integers, np.int32(0))
-    entries = (b"copied", (4,), len(kept)), (b"shifted", (2, 3), len(coded))
+    entries = (b"copied", (4,), len(kept)), (b"shifted", (2, 5), len(coded))
     metadata = packed(table(*entries, (b"whole", (2,), len(other))))
-    assert new == signed(b"FPK\x02" + metadata + kept + coded + other)
+    assert new == signed(b"FPK\x03" + metadata + kept + coded + other)
     changes = b"\0" + b"\1" + text(change) + b"\2" + other
     written = forged(old, changes, metadata, promised=new[-16:])
     assert apply_delta(old, written) == new
     assert make_delta(old, new) == written
 
 
-def test_a_delta_of_version_1_is_read_for_ever():
+def test_a_delta_of_version_2_is_read_for_ever():
     old = bytes.fromhex(
-        "46504b021721000120cc6ce3eb7022849be01e3467ce7d084752425a0371a5ace0ffff2b8c00007f02d7a10cf8"
-        "e0a4c3c1862e398190d6f3a3752cf2607bdeed5b127e011218a0ae683af3096f35f389728146da3cef"
+        "46504b031721000120cc6ce3eb7022849be0209a0bce7d084752425a0371a5ace0ffff2b8c00007f02da1b3382"
+        "6b5c28402395a29355278cf60d381483f704f7dd5cc17e01121880739ea6c6a7fb85cef026f6427c1f75"
     )
     delta = bytes.fromhex(
-        "46504401a0ae683af3096f35f389728146da3cef51779e776430f7ac451962e708bdff731c25000120cc6cff4c"
-        "d89bedd227bfe98cfc33e4ec16d2784912bcf83a27dcd392be72f8e1bd8001088000006c4b146fd20002802b9b"
-        "5b1616ed2a1e5252b97ae0e8de34bb2f08cf"
+        "4650440280739ea6c6a7fb85cef026f6427c1f7595fa7a94f5330fc5125dbe77af27feae1c25000120cc6cff4c"
+        "d89bedd227c42688fc33e4ec16d2784912bcf83a27dcd392be72f8e1bd8001098000006b857f71aa930002802b"
+        "9b5b18b9aae4780c14411a9cffd66085de2871"
     )
     integers = np.arange(-18, 18).reshape(2, 2, 3, 3)
     integers[0, 1, 2, 0] += 1
@@ -218,7 +222,7 @@ def test_an_lzma_stream_that_this_machine_would_not_write_is_kept():
     metadata = table((b"w", (2,), len(payload))) + "".join(map(str, range(300))).encode()
     other = packed(metadata, mode=lzma.MODE_FAST)
     assert other != packed(metadata)
-    new = signed(b"FPK\x02" + other + payload)
+    new = signed(b"FPK\x03" + other + payload)
     assert apply_delta(OLD, make_delta(OLD, new)) == new
 
 
@@ -273,7 +277,7 @@ PAYLOAD = b"\x12\x34\x56\x78\x9a"
 ZEROS = encode_tensor(np.zeros(2, np.int32), np.int32(0))
 SMALL = file(w=tensor([1, 2]))
 LARGE = file(w=tensor([2**20, 0]))
-HUGE = signed(b"FPK\x02" + packed(table((b"w", (1, 2**28), 2))) + ZEROS)
+HUGE = signed(b"FPK\x03" + packed(table((b"w", (1, 2**28), 2))) + ZEROS)
 
 
 def whole(shape, n_bytes=5):
@@ -283,8 +287,8 @@ def whole(shape, n_bytes=5):
 HOSTILE = {
     "nothing": (SMALL, b"", "starts differently"),
     "a file instead of a delta": (SMALL, SMALL, "starts differently"),
-    "another version": (SMALL, signed(b"FPD\x02" + SMALL[-16:]), "version 1"),
-    "nothing but a magic number": (SMALL, signed(b"FPD\x01"), "another file"),
+    "another version": (SMALL, signed(b"FPD\x03" + SMALL[-16:]), "version 2"),
+    "nothing but a magic number": (SMALL, signed(b"FPD\x02"), "another file"),
     "no metadata": (SMALL, forged(SMALL, b"", b""), "cut off"),
     "an unknown kind": (SMALL, forged(SMALL, b"\3"), "unknown kind"),
     "no kind": (SMALL, forged(SMALL, b""), "ends"),

@@ -5,9 +5,8 @@ ignores that argument and returns the bit it reads. Code that turns values into 
 written once and cannot disagree with itself.
 
 The coder is a range coder with byte-wise renormalisation: 32-bit range, carries propagated into
-the bytes already written. The probability of a bit is the mean of two estimates, one that adapts
-fast and one that adapts slowly; both start with the steps of a plain average, so that short
-streams learn quickly.
+the bytes already written. The probability of a bit is the share of ones so far in its context, and
+from some hundred bits on one that forgets.
 
 A coder is a tuple that every step replaces, and every step is inlined: its numbers then stay in
 registers, which makes the coder four times as fast as one that keeps them in an array.
@@ -19,7 +18,7 @@ computed from clipped values.
 Reference:
     G. N. N. Martin, "Range encoding", 1979; D. Marpe et al., "Context-based adaptive binary
     arithmetic coding in the H.264/AVC video compression standard", 2003. The probabilities are
-    multiplied, not looked up, and have two speeds.
+    multiplied, not looked up, and start as plain averages, so that short streams learn quickly.
 """
 
 from __future__ import annotations
@@ -33,25 +32,22 @@ from numpy.typing import NDArray
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-FAST_LIMIT, SLOW_LIMIT = 160, 1600
-"""Observations over which the two estimates of a probability average."""
+LIMIT = 600
+"""Observations over which a probability averages."""
 
 PROBABILITY_BITS = 24
 """Probabilities are in units of 2**-24."""
+
+FRACTION_BITS = 8
+"""Places between two contexts are in units of 2**-8."""
 
 END_BYTES = 4
 """Bytes that a decoder looks ahead, and so the most that may lie past the end of its data."""
 
 _TOP, _BOTTOM = 1 << 32, 1 << 24
 _ONE, _MARGIN, _RATE_BITS = 1 << PROBABILITY_BITS, 1 << 12, 16
-_FAST, _SLOW, _COUNT = range(3)
-
-
-def _rates(limit: int) -> NDArray[np.int64]:
-    return np.array([(1 << _RATE_BITS) // min(n + 2, limit) for n in range(SLOW_LIMIT)], np.int64)
-
-
-_FAST_RATES, _SLOW_RATES = _rates(FAST_LIMIT), _rates(SLOW_LIMIT)
+_RATES = np.array([(1 << _RATE_BITS) // (n + 2) for n in range(LIMIT - 1)], np.int64)
+_ONES, _COUNT = range(2)
 
 
 def compiled(function: _Function) -> _Function:
@@ -88,13 +84,13 @@ class Coder(NamedTuple):
 
 
 def new_contexts(ones: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return contexts: (n, 3) of two probabilities of a one and a count.
+    """Return contexts: (n, 2) of the probability of a one and a count.
 
     Args:
         ones: (n,), probabilities of a one to begin with, in 2**-24.
         counts: (n,), how many observations each of them is worth.
     """
-    return np.stack([ones, ones, counts], axis=1).astype(np.int32)
+    return np.stack([ones, counts], axis=1).astype(np.int32)
 
 
 def new_encoder(capacity: int) -> Coder:
@@ -111,15 +107,43 @@ def new_decoder(data: bytes) -> Coder:
 @inlined
 def code_bit(coder: Coder, contexts: NDArray[np.int32], index: int, bit: int) -> tuple[Coder, int]:
     """Write ``bit``, or read and return one, with the probability of a context, which adapts."""
-    fast, slow = int(contexts[index, _FAST]), int(contexts[index, _SLOW])
-    count = contexts[index, _COUNT]
-    zeros = (coder.width * (_ONE - ((fast + slow) >> 1))) >> PROBABILITY_BITS
-    coder, bit = _divide(coder, zeros, bit)
-    target = _ONE - _MARGIN if bit else _MARGIN
-    contexts[index, _FAST] = fast + (((target - fast) * _FAST_RATES[count]) >> _RATE_BITS)
-    contexts[index, _SLOW] = slow + (((target - slow) * _SLOW_RATES[count]) >> _RATE_BITS)
-    contexts[index, _COUNT] = min(count + 1, SLOW_LIMIT - 1)
+    coder, bit = _divide(coder, _share_of_zeros(coder, int(contexts[index, _ONES])), bit)
+    _adapt(contexts, index, bit)
     return coder, bit
+
+
+@inlined
+def code_bit_between(
+    coder: Coder, contexts: NDArray[np.int32], index: int, fraction: int, bit: int
+) -> tuple[Coder, int]:
+    """Do what `code_bit` does between a context and the next, of which the nearer adapts.
+
+    Args:
+        coder: The direction.
+        contexts: Of `new_contexts`.
+        index: Of the first context.
+        fraction: Of the way from the first to the second, below 2**`FRACTION_BITS`.
+        bit: To write.
+    """
+    near, far = int(contexts[index, _ONES]), int(contexts[index + 1, _ONES])
+    ones = near + ((far - near) * fraction >> FRACTION_BITS)
+    coder, bit = _divide(coder, _share_of_zeros(coder, ones), bit)
+    _adapt(contexts, index + (fraction >> (FRACTION_BITS - 1)), bit)
+    return coder, bit
+
+
+@inlined
+def _share_of_zeros(coder: Coder, ones: int) -> int:
+    return (coder.width * (_ONE - ones)) >> PROBABILITY_BITS
+
+
+@inlined
+def _adapt(contexts: NDArray[np.int32], index: int, bit: int) -> None:
+    """Move the probability of a context towards the bit that was coded."""
+    ones, count = int(contexts[index, _ONES]), contexts[index, _COUNT]
+    target = _ONE - _MARGIN if bit else _MARGIN
+    contexts[index, _ONES] = ones + (((target - ones) * _RATES[count]) >> _RATE_BITS)
+    contexts[index, _COUNT] = min(count + 1, LIMIT - 2)
 
 
 @inlined

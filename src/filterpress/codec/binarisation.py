@@ -11,82 +11,69 @@ first and then skipped. Every other integer becomes
 5. where in its unit it lies: one adaptive bit, then even bits.
 
 The unit is a power of two near half of the magnitude that is expected, so that wide integers take
-no more decisions than narrow ones. The contexts come from what both sides know already. The
-*level*, in quarter octaves, is the expected magnitude: a weighted mean of running means along the
-row, the column and the kernel, and of the neighbours in the kernel, in the filter before and in the
-input channel before. The *prediction* of the sign is that of the plane through the neighbours in
-the kernel: filters are smooth. Whether the sign followed the prediction then tells how large the
-magnitude will be.
+no more decisions than narrow ones. What is expected comes from what both sides know already: the
+strength of the row times the strength of the column, as far as the weights before tell them, with a
+little of the neighbours in the kernel, in the filter before and in the input channel before. How
+far a few weights are believed is said once for a tensor: the better, the more its rows, channels
+and columns differ by more than chance. Around the expected magnitude, on a scale of quarter
+octaves, lie the two contexts that code a decision together.
+
+The *prediction* of the sign is that of the plane through the neighbours in the kernel: filters are
+smooth. Whether the sign followed the prediction then tells how large the magnitude will be.
 
 Reference:
     S. Wiedemann et al., "DeepCABAC: A universal compression algorithm for deep neural networks",
     2020, https://arxiv.org/abs/1907.11900. The decisions are those of section III-A; the contexts
-    are richer there than "were the two previous weights zero".
+    are richer here than "were the two previous weights zero". The strengths are shrunk to their
+    mean as in C. Morris, "Parametric empirical Bayes inference", 1983.
 """
 
 from __future__ import annotations
-
-from math import prod
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from filterpress.codec import arithmetic
-from filterpress.codec.arithmetic import Coder, code_bit, code_even_bits, compiled, past_end
+from filterpress.codec.arithmetic import (
+    Coder,
+    code_bit,
+    code_even_bits,
+    compiled,
+    inlined,
+    past_end,
+)
 from filterpress.codec.contexts import (
-    LEVEL_SCALE,
     LEVELS,
     MIDDLES,
     UNIT_BITS,
     ZERO_COLUMN,
     ZERO_ROW,
-    find_level,
     fresh_contexts,
 )
 from filterpress.codec.integers import UNLIMITED, code_integer
+from filterpress.codec.matrices import (
+    LEAST_TRUST,
+    MOST_TRUST,
+    NOTHING,
+    Matrix,
+    Summary,
+    as_matrix,
+    summarise,
+    zeros_of,
+)
 from filterpress.codec.quantizer import MAX_EXPONENT, MAX_MAGNITUDE, MIN_EXPONENT
 from filterpress.errors import BitstreamError
 
 _EXPONENT_BITS, _LARGEST_BITS, _LEVEL_BITS = 13, 4, 7
-_EXPONENT_LEVEL = 34  # of the difference of a step from the mean
-_ROW, _COLUMN, _KERNEL, _TENSOR, _NEAR, _FAR = 12, 9, 3, 3, 3, 2  # weights, in 1/32
-_LIMIT = 400
-_RATES = np.array([(1 << 20) // max(n, 1) for n in range(_LIMIT + 1)], np.int64)
+_EXPONENT_LEVEL, _STEP_TRUST = 34, 4  # of the differences of steps from their mean
+_TRUST_BITS = 3
+_PLAIN = 60  # sixty-fourths of what is expected; the four neighbours have the others
+_RATIO_BITS, _MOST_RATIO, _MOST_SUM = 12, 1 << 28, 1 << 46
+_MOST_EXPECTED = MAX_MAGNITUDE << UNIT_BITS
 _SAMPLE, _SAMPLE_ROWS = 2**16, 8  # least weights and rows of a sample that estimate_bits codes
 
 
-class _Matrix(NamedTuple):
-    """A tensor as rows of filters and columns of weights, and which of both are all zero.
-
-    Attributes:
-        values: int32, (rows, columns).
-        zero_rows: uint8, (rows,), 1 for an all-zero row.
-        zero_columns: uint8, (columns,).
-        column_means: int64, (columns,), running means of the magnitudes less that of the tensor.
-            Taken by numpy, which takes no memory for zeros until they are touched.
-        kernel_means: int64, (taps,), the same for each place in the kernel.
-        width: Columns of one row of a kernel.
-    """
-
-    values: NDArray[np.int32]
-    zero_rows: NDArray[np.uint8]
-    zero_columns: NDArray[np.uint8]
-    column_means: NDArray[np.int64]
-    kernel_means: NDArray[np.int64]
-    width: int
-
-
-class _Summary(NamedTuple):
-    """What is said of the integers of a tensor before they are coded.
-
-    Attributes:
-        largest: Magnitude, 0 to 14; 15 stands for any larger one, too.
-        level: Of the mean magnitude of the weights that are not skipped.
-    """
-
-    largest: int
-    level: int
+_OF_STEPS = Summary(UNLIMITED, _EXPONENT_LEVEL, *(_STEP_TRUST,) * 3)
 
 
 def encode_tensor(integers: NDArray[np.int32], exponents: NDArray[np.int32]) -> bytes:
@@ -99,19 +86,19 @@ def encode_tensor(integers: NDArray[np.int32], exponents: NDArray[np.int32]) -> 
     Returns:
         The bytes, to be read back with the same two shapes.
     """
-    weights = _as_matrix(np.require(integers, np.int32, ["C", "W"]))
-    weights.zero_rows[:], weights.zero_columns[:] = _zeros_of(weights.values)
+    weights = as_matrix(np.require(integers, np.int32, ["C", "W"]))
+    weights.zero_rows[:], weights.zero_columns[:] = zeros_of(weights.values)
     return _encode_matrix(weights, np.array(exponents, np.int32).reshape(-1))
 
 
-def _encode_matrix(weights: _Matrix, exponents: NDArray[np.int32]) -> bytes:
-    mean, summary = _mean_exponent(exponents), _summarise(weights)
+def _encode_matrix(weights: Matrix, exponents: NDArray[np.int32]) -> bytes:
+    mean, summary = _mean_exponent(exponents), summarise(weights)
     capacity = 2 * weights.values.size + 4 * exponents.size + 64
     while True:
         coder = arithmetic.new_encoder(capacity)
-        steps = _as_matrix(exponents - np.int32(mean))
-        weights.column_means[:] = 0
-        weights.kernel_means[:] = 0
+        steps = as_matrix(exponents - np.int32(mean))
+        weights.column_sums[:] = 0
+        weights.channel_sums[:] = 0
         coder, _, _ = _code_tensor(
             coder, fresh_contexts(), steps, mean - MIN_EXPONENT, weights, summary
         )
@@ -137,17 +124,17 @@ def decode_tensor(
         BitstreamError: The data is not what `encode_tensor` gives for any tensor of this shape.
     """
     integers = np.zeros(shape, np.int32)
-    weights, steps = _as_matrix(integers), _as_matrix(np.zeros(n_exponents, np.int32))
+    weights, steps = as_matrix(integers), as_matrix(np.zeros(n_exponents, np.int32))
     coder = arithmetic.new_decoder(data)
-    coder, mean, summary = _code_tensor(coder, fresh_contexts(), steps, 0, weights, _Summary(0, 0))
+    coder, mean, summary = _code_tensor(coder, fresh_contexts(), steps, 0, weights, NOTHING)
     if summary.level < 0 or not arithmetic.ends_well(coder):
         raise BitstreamError(f"the coded data of a tensor of shape {shape} is damaged")
     exponents = steps.values[0, :n_exponents] + np.int32(mean + MIN_EXPONENT)
     in_range = np.all((exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT))
     said = weights.zero_rows, weights.zero_columns
-    named = all(map(np.array_equal, said, _zeros_of(weights.values)))
+    named = all(map(np.array_equal, said, zeros_of(weights.values)))
     unseen = not integers.size and weights.values.any()
-    means = mean + MIN_EXPONENT == _mean_exponent(exponents) and summary == _summarise(weights)
+    means = mean + MIN_EXPONENT == _mean_exponent(exponents) and summary == summarise(weights)
     if unseen or not (in_range and named and means):
         raise BitstreamError(f"a tensor of shape {shape} is not coded in the one way allowed")
     return integers, exponents
@@ -171,8 +158,8 @@ def estimate_bits(integers: NDArray[np.int32]) -> float:
         True
     """
     integers = np.require(integers, np.int32, ["C", "W"])
-    values = _as_matrix(integers).values
-    zero_columns = _zeros_of(values)[1]
+    values = as_matrix(integers).values
+    zero_columns = zeros_of(values)[1]
     stride = max(1, min(values.size // _SAMPLE, len(values) // _SAMPLE_ROWS))
     if stride == 1:
         return _coded_bits(integers, zero_columns)
@@ -187,8 +174,8 @@ def estimate_bits(integers: NDArray[np.int32]) -> float:
 
 def _coded_bits(integers: NDArray[np.int32], zero_columns: NDArray[np.uint8]) -> float:
     """Return the bits of a part of the rows of a tensor."""
-    matrix = _as_matrix(integers.copy())
-    matrix.zero_rows[:] = _zeros_of(matrix.values)[0]
+    matrix = as_matrix(integers.copy())
+    matrix.zero_rows[:] = zeros_of(matrix.values)[0]
     matrix.zero_columns[:] = zero_columns
     n_bits = 8.0 * len(_encode_matrix(matrix, np.zeros(1, np.int32)))
     return max(n_bits - _EXPONENT_BITS, 0.0)
@@ -201,47 +188,19 @@ def _geometric_entropy(mean: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.log2((1 + factor) / (1 - factor)) - mean * np.log2(factor))
 
 
-def _as_matrix(integers: NDArray[np.int32]) -> _Matrix:
-    """View a tensor as (filters, weights), as one row if a filter is one weight."""
-    values = integers if integers.size else np.zeros(1, np.int32)
-    rows = len(values) if values.ndim > 1 else 1
-    values = values.reshape(1 if rows == values.size else rows, -1)
-    zero_rows, zero_columns = (np.zeros(n, np.uint8) for n in values.shape)
-    taps, width = prod(integers.shape[2:]), integers.shape[-1] if integers.ndim > 2 else 1
-    column_means = np.zeros(values.shape[1], np.int64)
-    kernel_means = np.zeros(max(taps, 1), np.int64)
-    return _Matrix(values, zero_rows, zero_columns, column_means, kernel_means, max(width, 1))
-
-
 def _mean_exponent(exponents: NDArray[np.int32]) -> int:
     return int(exponents.sum(dtype=np.int64)) // exponents.size if exponents.size else MIN_EXPONENT
-
-
-def _summarise(matrix: _Matrix) -> _Summary:
-    n_rows, n_columns = (int(np.sum(flags == 0)) for flags in matrix[1:3])
-    magnitudes = np.abs(matrix.values)
-    total = int(magnitudes.sum(dtype=np.int64))
-    mean = (total << LEVEL_SCALE) // max(n_rows * n_columns, 1)
-    return _Summary(min(int(magnitudes.max()), UNLIMITED), find_level(mean))
-
-
-def _zeros_of(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return 1 for every all-zero row, and 1 for every all-zero column."""
-    return (
-        np.array(~values.any(axis=1), np.uint8),
-        np.array(~values.any(axis=0), np.uint8),
-    )
 
 
 @compiled
 def _code_tensor(
     coder: Coder,
     fresh: NDArray[np.int32],
-    steps: _Matrix,
+    steps: Matrix,
     mean: int,
-    weights: _Matrix,
-    summary: _Summary,
-) -> tuple[Coder, int, _Summary]:
+    weights: Matrix,
+    summary: Summary,
+) -> tuple[Coder, int, Summary]:
     """Code a tensor in either direction.
 
     Args:
@@ -255,24 +214,39 @@ def _code_tensor(
     Returns:
         The mean and the summary, the level of the latter -1 if what was read makes no sense.
     """
-    largest, level = summary
+    largest, level = summary.largest, summary.level
     good = True
     coder, mean = code_even_bits(coder, _EXPONENT_BITS, mean)
     if steps.values.size > 1:
-        coder, good = _code_matrix(coder, fresh.copy(), steps, _Summary(UNLIMITED, _EXPONENT_LEVEL))
+        coder, good = _code_matrix(coder, fresh.copy(), steps, _OF_STEPS)
     coder, largest = code_even_bits(coder, _LARGEST_BITS, largest)
     if not good or not largest:
         weights.zero_rows[:] = 1
         weights.zero_columns[:] = 1
-        return coder, mean, _Summary(0, 0 if good else -1)
+        return coder, mean, Summary(0, 0 if good else -1, 0, 0, 0)
     coder, level = code_even_bits(coder, _LEVEL_BITS, level)
-    contexts, taps = fresh.copy(), weights.kernel_means.size
+    row, channel, column = MOST_TRUST, MOST_TRUST, MOST_TRUST
+    if weights.values.shape[0] > 1:
+        coder, row = _code_trust(coder, summary.row_trust)
+        coder, column = _code_trust(coder, summary.column_trust)
+        if weights.taps > 1:
+            coder, channel = _code_trust(coder, summary.channel_trust)
+    contexts = fresh.copy()
     coder, good = _code_zeros(coder, contexts, ZERO_ROW, weights.zero_rows, 1)
     if good:
-        coder, good = _code_zeros(coder, contexts, ZERO_COLUMN, weights.zero_columns, taps)
+        coder, good = _code_zeros(coder, contexts, ZERO_COLUMN, weights.zero_columns, weights.taps)
+    summary = Summary(largest, level, row, channel, column)
     if good and level < LEVELS:
-        coder, good = _code_matrix(coder, contexts, weights, _Summary(largest, level))
-    return coder, mean, _Summary(largest, level if good and level < LEVELS else -1)
+        coder, good = _code_matrix(coder, contexts, weights, summary)
+    if good and level < LEVELS:
+        return coder, mean, summary
+    return coder, mean, Summary(largest, -1, row, channel, column)
+
+
+@inlined
+def _code_trust(coder: Coder, trust: int) -> tuple[Coder, int]:
+    coder, above = code_even_bits(coder, _TRUST_BITS, trust - LEAST_TRUST)
+    return coder, above + LEAST_TRUST
 
 
 @compiled
@@ -299,61 +273,80 @@ def _code_zeros(
 
 @compiled
 def _code_matrix(
-    coder: Coder, contexts: NDArray[np.int32], matrix: _Matrix, summary: _Summary
+    coder: Coder, contexts: NDArray[np.int32], matrix: Matrix, summary: Summary
 ) -> tuple[Coder, bool]:
     """Code the rows and columns that are not zero, in reading order."""
-    values, column_means, kernel_means = matrix.values, matrix.column_means, matrix.kernel_means
-    taps, width = kernel_means.size, matrix.width
-    largest, start = summary.largest, MIDDLES[summary.level]
-    tensor_mean, n_weights, n_kernels = start, 0, 0
+    values, taps, width = matrix.values, matrix.taps, matrix.width
+    column_sums, channel_sums = matrix.column_sums, matrix.channel_sums
+    largest, mean, n_rows = summary.largest, MIDDLES[summary.level], 0
+    prior = mean << summary.row_trust
     for row in range(values.shape[0]):
         if matrix.zero_rows[row]:
             continue
-        row_mean, tap, x = tensor_mean, taps - 1, width - 1
+        seen, foreseen, channel, tap, x = prior, prior, -1, taps - 1, width - 1
+        of_channel = mean
         for column in range(values.shape[1]):
             tap = tap + 1 if tap + 1 < taps else 0
             x = x + 1 if x + 1 < width else 0
-            n_kernels += 1 if tap == 0 else 0
+            if tap == 0:
+                channel += 1
+                if taps > 1:
+                    n = n_rows * _count_used(matrix.zero_columns, column, taps)
+                    of_channel = _shrunk(channel_sums[channel], n, mean, summary.channel_trust)
             if matrix.zero_columns[column]:
                 continue
-            left = int(values[row, column - 1]) if x else 0
-            above = int(values[row, column - width]) if tap >= width else 0
-            corner = int(values[row, column - width - 1]) if x and tap >= width else 0
-            before = abs(int(values[row - 1, column])) << UNIT_BITS if row else row_mean
-            back = int(values[row, column - taps]) if column >= taps else 0
-            near = (abs(left) << UNIT_BITS if x else row_mean) + (
-                abs(above) << UNIT_BITS if tap >= width else row_mean
-            )
-            far = before + (abs(back) << UNIT_BITS if column >= taps else row_mean)
-            expected = (
-                _ROW * row_mean
-                + _COLUMN * (start + column_means[column])
-                + _KERNEL * (start + kernel_means[tap])
-                + _TENSOR * tensor_mean
-                + (_NEAR * near + _FAR * far >> 1)
-            ) >> UNIT_BITS
-            coder, value = code_integer(
-                coder,
-                contexts,
-                largest,
-                expected,
-                2 * (left + above) - corner,
-                values[row, column],
-            )
+            of_column = _shrunk(column_sums[column], n_rows, of_channel, summary.column_trust)
+            ratio = min((seen << _RATIO_BITS) // foreseen, _MOST_RATIO)
+            plain = (ratio * of_column) >> _RATIO_BITS
+            expected, prediction = _look_around(values, row, column, taps, width, tap, x, plain)
+            value = values[row, column]
+            coder, value = code_integer(coder, contexts, largest, expected, prediction, value)
             if past_end(coder) or abs(value) > MAX_MAGNITUDE:
                 return coder, False
             values[row, column] = value
-            magnitude = abs(value) << UNIT_BITS
-            n_weights += 1
-            row_mean = _moved(row_mean, magnitude, column + 10)
-            tensor_mean = _moved(tensor_mean, magnitude, n_weights + 16)
-            change = magnitude - start
-            column_means[column] = _moved(column_means[column], change, min(row + 6, 64))
-            kernel_means[tap] = _moved(kernel_means[tap], change, n_kernels + 4)
+            magnitude = abs(value)
+            seen = min(seen + (magnitude << UNIT_BITS), _MOST_SUM)
+            foreseen = min(foreseen + of_column, _MOST_SUM)
+            column_sums[column] = min(column_sums[column] + magnitude, _MOST_SUM)
+            if taps > 1:
+                channel_sums[channel] = min(channel_sums[channel] + magnitude, _MOST_SUM)
+        n_rows += 1
     return coder, True
 
 
-@compiled
-def _moved(mean: int, value: int, n: int) -> int:
-    """Return a running mean after its n-th value, or after many if n is over the limit."""
-    return mean + ((value - mean) * int(_RATES[min(n, _LIMIT)]) >> 20)
+@inlined
+def _look_around(
+    values: NDArray[np.int32],
+    row: int,
+    column: int,
+    taps: int,
+    width: int,
+    tap: int,
+    x: int,
+    plain: int,
+) -> tuple[int, int]:
+    """Return the magnitude and the sign to expect, given the magnitude by strengths alone."""
+    left = int(values[row, column - 1]) if x else 0
+    above = int(values[row, column - width]) if tap >= width else 0
+    corner = int(values[row, column - width - 1]) if x and tap >= width else 0
+    before = abs(int(values[row - 1, column])) << UNIT_BITS if row else plain
+    back = abs(int(values[row, column - taps])) << UNIT_BITS if column >= taps else plain
+    near = (abs(left) << UNIT_BITS if x else plain) + (
+        abs(above) << UNIT_BITS if tap >= width else plain
+    )
+    expected = min((_PLAIN * plain + near + before + back) >> 6, _MOST_EXPECTED)
+    return expected, 2 * (left + above) - corner
+
+
+@inlined
+def _shrunk(total: int, n: int, prior: int, trust: int) -> int:
+    """Return the mean of n magnitudes, and of 2**trust more as they were expected."""
+    return ((prior << trust) + (total << UNIT_BITS)) // ((1 << trust) + n)
+
+
+@inlined
+def _count_used(flags: NDArray[np.uint8], start: int, n: int) -> int:
+    count = 0
+    for i in range(start, min(start + n, flags.size)):
+        count += 1 - flags[i]
+    return count

@@ -27,7 +27,7 @@ from filterpress.codec.quantizer import (
 )
 from filterpress.errors import BitstreamError
 
-MAGIC = b"FPK\x02"
+MAGIC = b"FPK\x03"
 DIGEST_BYTES = 16
 MAX_METADATA = 2**26
 MAX_DIMS = 5

@@ -39,7 +39,7 @@ from filterpress.codec.quantizer import (
 )
 from filterpress.errors import BitstreamError
 
-MAGIC = b"FPD\x01"
+MAGIC = b"FPD\x02"
 _OLD = slice(len(MAGIC), len(MAGIC) + DIGEST_BYTES)
 _NEW = slice(_OLD.stop, _OLD.stop + DIGEST_BYTES)
 _COPY, _DIFFERENCE, _WHOLE = range(3)

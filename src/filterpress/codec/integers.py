@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filterpress.codec.arithmetic import (
+    FRACTION_BITS,
     Coder,
     code_bit,
+    code_bit_between,
     code_even_bits,
     compiled,
     inlined,
@@ -15,12 +17,13 @@ from filterpress.codec.arithmetic import (
 from filterpress.codec.contexts import (
     FLAGS,
     LENGTH,
-    LEVEL_SCALE,
-    LEVELS,
     MAGNITUDE,
+    NODE_OF,
+    NODES,
     PREFIX,
     SHIFT_OF,
     SIGN,
+    UNIT_BITS,
     UPPER_HALF,
     level_of,
 )
@@ -38,20 +41,24 @@ def code_integer(
     prediction: int,
     value: int,
 ) -> tuple[Coder, int]:
-    """Write ``value``, or read and return one, of this expected magnitude in 1/32."""
-    level = level_of(expected)
-    base = MAGNITUDE + level * FLAGS
+    """Write ``value``, or read and return one, of this expected magnitude in 2**-13."""
+    level = level_of(expected >> FRACTION_BITS)
+    fraction = (expected >> max(level // 4 - 1, 0)) & ((1 << FRACTION_BITS) - 1)
+    base = MAGNITUDE + NODE_OF[level]
     magnitude = abs(value)
-    coder, some = code_bit(coder, contexts, base, 1 if magnitude else 0)
+    some = 1 if magnitude else 0
+    coder, some = code_bit_between(coder, contexts, base, fraction, some)
     if some:
-        strength, known = 0, abs(prediction) << LEVEL_SCALE
+        strength, known = 0, abs(prediction) << UNIT_BITS
         while strength < 3 and known > expected << strength:
             strength += 1
         flip = 1 if prediction < 0 else 0
         coder, differs = code_bit(coder, contexts, SIGN + strength, (1 if value < 0 else 0) ^ flip)
         if strength:
-            base += (1 + differs + (2 if strength > 1 else 0)) * LEVELS * FLAGS
-        coder, magnitude = _code_magnitude(coder, contexts, largest, level, base, magnitude)
+            base += (1 + differs + (2 if strength > 1 else 0)) * FLAGS * NODES
+        coder, magnitude = _code_magnitude(
+            coder, contexts, largest, level, fraction, base, magnitude
+        )
         value = -magnitude if differs ^ flip else magnitude
     else:
         value = 0
@@ -64,6 +71,7 @@ def _code_magnitude(
     contexts: NDArray[np.int32],
     largest: int,
     level: int,
+    fraction: int,
     base: int,
     magnitude: int,
 ) -> tuple[Coder, int]:
@@ -73,7 +81,8 @@ def _code_magnitude(
     units, more, found = rest >> shift, 1, 0
     limit = FLAGS - 1 if largest == UNLIMITED else (largest - 1) >> shift
     while found < limit and more:
-        coder, more = code_bit(coder, contexts, base + 1 + found, 1 if units > found else 0)
+        more = 1 if units > found else 0
+        coder, more = code_bit_between(coder, contexts, base + (1 + found) * NODES, fraction, more)
         found += more
     flag = found
     if found == FLAGS - 1:
@@ -81,8 +90,9 @@ def _code_magnitude(
         found += FLAGS - 1
     if shift:
         low = rest & ((1 << shift) - 1)
-        context = UPPER_HALF + level * FLAGS + flag
-        coder, upper = code_bit(coder, contexts, context, low >> (shift - 1))
+        context = UPPER_HALF + flag * NODES + NODE_OF[level]
+        upper = low >> (shift - 1)
+        coder, upper = code_bit_between(coder, contexts, context, fraction, upper)
         coder, low = code_even_bits(coder, shift - 1, low & ((1 << shift - 1) - 1))
         found = (2 * found + upper << shift - 1) + low
     return coder, found + 1
