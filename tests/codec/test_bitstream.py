@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from filterpress.codec import QuantizedTensor, decode, encode, quantize, snap
+from filterpress.codec import QuantizedTensor, decode, encode, quantize, snap, stream
 from filterpress.codec.binarisation import encode_tensor
 from filterpress.codec.quantizer import from_exponents
 from filterpress.errors import BitstreamError
@@ -113,6 +113,40 @@ def test_strided_and_read_only_tensors_are_encoded_as_they_are():
     turned = QuantizedTensor(tensor.integers.T, tensor.scale)
     turned.integers.flags.writeable = False
     assert_equal(decode(encode({"w": turned}, b"", {})).tensors, {"w": turned})
+
+
+def test_a_stream_gives_what_decode_gives_in_its_order():
+    read = stream(FILE)
+    assert (read.header, read.graph) == (HEADER, b"a graph")
+    names, tensors = zip(*read.tensors, strict=True)
+    assert list(names) == sorted(TENSORS)
+    assert_equal(dict(zip(names, tensors, strict=True)), TENSORS)
+
+
+def test_a_stream_checks_the_file_before_its_first_tensor():
+    for damaged in (FILE[:-1], FILE[:40] + b"?" + FILE[41:]):
+        with pytest.raises(BitstreamError, match="digest"):
+            stream(damaged)
+    with pytest.raises(BitstreamError, match="allowed"):
+        stream(FILE, max_bytes=100)
+
+
+def test_a_stream_takes_memory_for_one_tensor_and_decode_for_all():
+    n, n_bytes = 16, 4 * 2**18
+    few = QuantizedTensor(np.eye(2**9, dtype=np.int32), snap(np.float32(1)))
+    file = encode({f"w{i}": few for i in range(n)}, b"", {})
+
+    def peak(read):
+        tracemalloc.start()
+        kept = read(file)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert kept is not None
+        return most
+
+    peak(decode)  # compiles and caches
+    assert peak(lambda data: [t.integers[0, 0] for _, t in stream(data).tensors]) < 6 * n_bytes
+    assert peak(decode) > n * n_bytes
 
 
 def test_the_documented_layout_is_what_is_written():

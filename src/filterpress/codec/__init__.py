@@ -10,13 +10,14 @@ Example:
 """
 
 from filterpress.codec.binarisation import estimate_bits
-from filterpress.codec.bitstream import Decoded, decode, encode
+from filterpress.codec.bitstream import Decoded, Stream, decode, encode, stream
 from filterpress.codec.delta import apply_delta, make_delta
 from filterpress.codec.quantizer import QuantizedTensor, quantize, snap
 
 __all__ = [
     "Decoded",
     "QuantizedTensor",
+    "Stream",
     "apply_delta",
     "decode",
     "encode",
@@ -24,4 +25,5 @@ __all__ = [
     "make_delta",
     "quantize",
     "snap",
+    "stream",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -47,6 +47,20 @@ class Decoded(NamedTuple):
     """
 
     tensors: dict[str, QuantizedTensor]
+    graph: bytes
+    header: dict[str, Any]
+
+
+class Stream(NamedTuple):
+    """What a file holds, its tensors still to be decoded.
+
+    Attributes:
+        tensors: Names and tensors, in the order of the names; decoded one by one as they are taken.
+        graph: The bytes that were given to `encode`.
+        header: JSON values by name.
+    """
+
+    tensors: Iterator[tuple[str, QuantizedTensor]]
     graph: bytes
     header: dict[str, Any]
 
@@ -140,12 +154,38 @@ def decode(data: bytes, max_bytes: int = 2**30) -> Decoded:
         BitstreamError: The file is truncated, damaged, hostile, of another version, larger than
             allowed, or not what `encode` writes for its content.
     """
+    tensors, graph, header = stream(data, max_bytes)
+    return Decoded(dict(tensors), graph, header)
+
+
+def stream(data: bytes, max_bytes: int = 2**30) -> Stream:
+    """Check a file that `encode` wrote, and read its tensors one by one, as they are asked for.
+
+    Args:
+        data: The whole file.
+        max_bytes: As for `decode`. Working memory is about four times the largest tensor, and what
+            the caller keeps.
+
+    Returns:
+        Header and graph, and an iterator over the tensors, which raises `BitstreamError` where one
+        of them is not what `encode` writes.
+
+    Raises:
+        BitstreamError: As for `decode`; what is wrong with a tensor is not seen yet.
+
+    Example:
+        >>> import numpy as np
+        >>> from filterpress.codec import encode, quantize, snap, stream
+        >>> file = encode({"w": quantize(np.ones((2, 3), np.float32), snap(0.5))}, b"", {})
+        >>> [(name, tensor.integers.sum()) for name, tensor in stream(file).tensors]
+        [('w', np.int64(12))]
+    """
     metadata, payloads = take_apart(data, max_bytes)
-    tensors = {
-        entry.name: _read_tensor(entry, payload)
+    tensors = (
+        (entry.name, _read_tensor(entry, payload))
         for entry, payload in zip(metadata.entries, payloads, strict=True)
-    }
-    return Decoded(tensors, metadata.graph, metadata.header)
+    )
+    return Stream(tensors, metadata.graph, metadata.header)
 
 
 def take_apart(data: bytes, max_bytes: int) -> tuple[Metadata, list[bytes]]:
