@@ -24,6 +24,7 @@ from filterpress.fitting import meet
 from filterpress.statistics import Moments, measure
 from filterpress.surgery import layers
 from tests import networks
+from tests.moments import apart
 
 
 def generator(seed=0):
@@ -35,15 +36,17 @@ def white(layer, gain=None):
     groups = getattr(layer, "groups", 1)
     d = layer.weight[0].numel()
     gain = torch.ones(len(layer.weight)) if gain is None else gain
-    return Moments(torch.eye(d).expand(groups, d, d).clone(), gain)
+    return apart(torch.eye(d).expand(groups, d, d).clone(), gain)
 
 
 def correlated(layer, seed=0):
     """Return the statistics of a layer whose inputs and outputs differ in what they matter."""
     d = layer.weight[0].numel()
     root = torch.randn(d, d, generator=generator(seed)) / math.sqrt(d)
-    gain = 0.1 + torch.rand(len(layer.weight), generator=generator(seed + 1))
-    return Moments((root @ root.T + 0.1 * torch.eye(d))[None], gain)
+    n = len(layer.weight)
+    side = torch.randn(n, n, generator=generator(seed + 1)) / math.sqrt(n)
+    outputs = side @ side.T + 0.1 * torch.eye(n)
+    return Moments((root @ root.T + 0.1 * torch.eye(d))[None], outputs[None])
 
 
 def low_rank_convolution(n_out, n_in, size, rank, seed=0):
@@ -215,7 +218,7 @@ def test_all_subspaces_together_reproduce_the_layer(size, groups):
     moments = correlated(layer)
     weight = layer.weight.detach()
     channels = channel_moments(weight, moments)
-    found = input_subspaces(weight, moments.gain, channels, groups)
+    found = input_subspaces(weight, moments.outputs[0], channels, groups)
     rows = weight.flatten(2)[found.order].view(groups, -1, 6, size * size)
     inner = torch.einsum("goit,gri->gort", rows, found.bases @ channels.second)
     back = torch.einsum("gort,gri->goit", inner, found.bases).flatten(0, 1)
@@ -226,7 +229,7 @@ def test_projected_channels_have_power_one():
     layer = nn.Conv2d(6, 8, 3)
     moments = correlated(layer)
     channels = channel_moments(layer.weight.detach(), moments)
-    found = input_subspaces(layer.weight.detach(), moments.gain, channels)
+    found = input_subspaces(layer.weight.detach(), moments.outputs[0], channels)
     covariance = found.bases[0] @ channels.second @ found.bases[0].T
     torch.testing.assert_close(covariance, torch.eye(6), rtol=0, atol=5e-3)
 
@@ -238,7 +241,7 @@ def test_projected_channels_have_power_one():
 def test_energies_are_the_damage_of_leaving_rows_out_of_white_inputs(layer, rank):
     weight = layer.weight.detach()
     moments = white(layer, gain=torch.linspace(0.5, 2.0, len(weight)))
-    found = input_subspaces(weight, moments.gain, channel_moments(weight, moments))
+    found = input_subspaces(weight, moments.outputs[0], channel_moments(weight, moments))
     basis = found.bases[0, :rank]
     flat = weight if weight.ndim == 2 else weight.transpose(1, -1)
     kept = flat @ basis.T @ basis
@@ -251,7 +254,7 @@ def test_no_other_projection_of_a_rank_damages_less():
     layer = nn.Conv2d(6, 8, 1)
     moments = correlated(layer)
     weight = layer.weight.detach()
-    found = input_subspaces(weight, moments.gain, channel_moments(weight, moments))
+    found = input_subspaces(weight, moments.outputs[0], channel_moments(weight, moments))
     least = 0.5 * float(found.energies[0, 2:].sum())
     root = torch.linalg.cholesky(moments.inputs[0])
     for seed in range(20):
@@ -300,7 +303,7 @@ def test_options_are_the_same_for_the_same_seed():
 
 def test_a_layer_that_nothing_depends_on_is_allocated_without_nan():
     layer = nn.Conv2d(8, 8, 3)
-    dead = Moments(torch.zeros(1, 72, 72), torch.zeros(8))
+    dead = apart(torch.zeros(1, 72, 72), torch.zeros(8))
     allocation = Rates({"dead": options(layer, dead, max_groups=1)}).allocate(1e-3)
     assert math.isfinite(allocation.damage)
     assert math.isfinite(n_bytes_of(allocation))

@@ -7,76 +7,94 @@ import pytest
 import torch
 from torch import nn
 
+from filterpress import rounding
 from filterpress.allocation import SLOPE, steps_of
 from filterpress.representations import is_quantized, step_of
 from filterpress.rounding import (
     BITS_COUNT,
     DAMPING,
+    OUTPUT_DAMPING,
     code_lengths,
-    descend,
     quantize_compensated_,
     round_compensated,
     round_compensated_to,
     round_nearest_to,
 )
 from filterpress.statistics import Moments
+from tests.moments import apart, correlated, draw, white
 
 FREE = 1e-12  # of theta: bits count for nothing
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(n_out, d, *, groups=1, seed=0):
-    """Return statistics of inputs of which each resembles the others."""
-    root = draw(groups, d, d, seed=seed) / math.sqrt(d) + 0.5 / d
-    gain = 0.5 + torch.rand(n_out, generator=torch.Generator().manual_seed(seed + 1))
-    return Moments(root @ root.mT + 0.05 * torch.eye(d), gain)
 
 
 def damage(weight, units, steps, moments):
     return moments.error(units * steps[:, None] - weight.flatten(1))
 
 
-def one_after_the_other(weight, steps, second, gain, price):
-    """Round column after column and solve the columns to come by least squares: slow, and plain."""
+def damped(second, damping):
     power = second.diagonal()
-    second = second + torch.diag(DAMPING * power.mean() + 1e-5 * power.max() + 0 * power)
-    left, units = weight.double().clone(), torch.zeros_like(weight)
-    second = second.double()
-    for i in range(weight.shape[1]):
+    ridge = damping * power.mean() + 1e-5 * power.max()
+    return (second + ridge * torch.eye(len(second))).double()
+
+
+def one_after_the_other(weight, steps, moments, price):
+    """Round weight after weight and solve all those to come by least squares: slow, and plain."""
+    metric = torch.kron(
+        damped(moments.outputs[0], OUTPUT_DAMPING), damped(moments.inputs[0], DAMPING)
+    )
+    left, units = weight.double().flatten(), []
+    for i, step in enumerate(steps.double().repeat_interleave(weight.shape[1])):
         rest = slice(i + 1, None)
-        # what one column does that the later ones cannot do for it
-        solved = torch.linalg.solve(second[rest, rest], second[rest, i])
-        own = second[i, i] - second[i, rest] @ solved
-        size = left[:, i].abs() / steps
-        costs = []
-        for candidate in (torch.zeros_like(size), (size.round() - 1).clamp(min=0), size.round()):
-            bits = price.double()[candidate.clamp(max=255).long()]
-            costs.append(0.5 * gain * own * (steps * (size - candidate)) ** 2 + bits)
-        candidates = torch.stack([0 * size, (size.round() - 1).clamp(min=0), size.round()])
-        best = candidates.gather(0, torch.stack(costs).argmin(dim=0)[None])[0]
-        units[:, i] = best * left[:, i].sign()
-        left[:, rest] += (left[:, i] - units[:, i] * steps)[:, None] * solved
-    return units
+        # what one weight does that the later ones cannot do for it
+        solved = torch.linalg.solve(metric[rest, rest], metric[rest, i])
+        own = metric[i, i] - metric[i, rest] @ solved
+        exact = left[i] / step
+        candidates = torch.stack([exact.floor(), exact.ceil(), torch.zeros_like(exact)])
+        bits = price.double()[candidates.abs().clamp(max=255).long()]
+        best = (0.5 * own * (step * (exact - candidates)) ** 2 + bits).argmin()
+        units.append(candidates[best])
+        left[rest] += (left[i] - candidates[best] * step) * solved
+    return torch.stack(units).view_as(weight)
 
 
 def test_independent_inputs_leave_the_nearest_integers():
     weight, steps = draw(6, 40), torch.linspace(0.05, 0.3, 6)
-    units = round_compensated(weight, steps, Moments(torch.eye(40)[None], torch.ones(6)), FREE)
+    units = round_compensated(weight, steps, white(6, 40), FREE)
     assert torch.equal(units, torch.round(weight / steps[:, None]))
 
 
 @pytest.mark.parametrize("theta", [FREE, 1e-2])
-@pytest.mark.parametrize("d", [1, 5, 128, 300])
-def test_blocks_of_columns_give_what_one_column_after_the_other_gives(d, theta):
-    weight, moments = draw(7, d), correlated(7, d)
-    steps = torch.linspace(0.3, 0.9, 7)
+@pytest.mark.parametrize(("n_out", "d"), [(1, 60), (60, 1), (6, 9), (3, 40)])
+def test_a_single_way_is_that_of_one_weight_after_the_other(n_out, d, theta, monkeypatch):
+    monkeypatch.setattr(rounding, "SURVIVORS", 1)
+    weight, moments = draw(n_out, d), correlated(n_out, d)
+    steps = torch.linspace(0.3, 0.9, n_out)
     price = code_lengths(torch.round(weight / steps[:, None])) * (BITS_COUNT * SLOPE * theta / 8)
-    expected = one_after_the_other(weight, steps, moments.inputs[0], moments.gain, price)
-    found = round_compensated(weight, steps, moments, theta)
-    assert (found != expected).double().mean() < 0.01  # ties, and what follows from them
+    expected = one_after_the_other(weight, steps, moments, price)
+    assert round_compensated(weight, steps, moments, theta).equal(expected.float())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_enough_ways_one_is_the_best_of_all(seed, monkeypatch):
+    monkeypatch.setattr(rounding, "SURVIVORS", 3**7)
+    weight, moments, table = (
+        draw(1, 7, seed=seed),
+        correlated(1, 7, seed=seed),
+        table_of(1, -1, 0, 1),
+    )
+    every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=7)))
+    least = min(moments.error(one[None] - weight) for one in every)
+    found = made(table, round_compensated_to(weight, table, moments))
+    assert moments.error(found - weight) == pytest.approx(least, rel=1e-3)
+
+
+def test_more_ways_damage_less(monkeypatch):
+    weight, moments, table = draw(16, 60), correlated(16, 60), table_of(16, -1.2, 0.0, 1.2)
+    damages = []
+    for n_ways in (1, 4, 16):
+        monkeypatch.setattr(rounding, "SURVIVORS", n_ways)
+        found = made(table, round_compensated_to(weight, table, moments))
+        damages.append(moments.error(found - weight))
+    assert damages[2] < damages[1] < damages[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -117,7 +135,7 @@ def test_what_is_never_seen_becomes_zero():
 
 
 def test_inputs_that_are_always_zero_leave_no_integer():
-    moments = Moments(torch.zeros(1, 12, 12), torch.ones(4))
+    moments = apart(torch.zeros(1, 12, 12), torch.ones(4))
     units = round_compensated(draw(4, 12), torch.ones(4), moments, 1e-2)
     assert not units.any()
 
@@ -130,7 +148,7 @@ def test_groups_are_rounded_each_with_its_own_inputs():
     assert whole.shape == lengths.shape
     for group in range(4):
         rows = slice(3 * group, 3 * group + 3)
-        part = Moments(moments.inputs[group : group + 1], moments.gain[rows])
+        part = Moments(moments.inputs[group, None], moments.outputs[group, None])
         alone = round_compensated(weight[rows], steps[rows], part, FREE)
         assert torch.equal(round_compensated(weight, steps, moments, FREE)[rows], alone)
 
@@ -177,7 +195,7 @@ def test_second_moments_that_are_indefinite_by_rounding_are_damped_until_they_ar
     moments = correlated(8, 30)
     values, vectors = torch.linalg.eigh(moments.inputs[0])
     values[:3] = -0.01 * values[-1]
-    moments = Moments((vectors * values @ vectors.T)[None], moments.gain)
+    moments = Moments((vectors * values @ vectors.T)[None], moments.outputs)
     weight, steps = draw(8, 30), torch.full((8,), 0.4)
     units = round_compensated(weight, steps, moments, FREE)
     assert (units * 0.4 - weight).abs().max() < 2
@@ -200,7 +218,7 @@ def test_the_nearest_level_of_each_row_is_taken():
 
 def test_independent_inputs_leave_the_nearest_levels():
     weight, levels = draw(6, 40), torch.sort(draw(6, 7, seed=1)).values
-    found = round_compensated_to(weight, levels, Moments(torch.eye(40)[None], torch.ones(6)))
+    found = round_compensated_to(weight, levels, white(6, 40))
     assert found.equal(round_nearest_to(weight, levels))
 
 
@@ -233,37 +251,3 @@ def test_what_is_never_seen_takes_the_level_nearest_zero():
     places = round_compensated_to(draw(8, 30), table_of(8, -1.0, -0.1, 1.0), moments)
     assert (places[:, ~seen] == 1).all()
     assert (places[:, seen] != 1).any()
-
-
-def moved(places, row, column, by):
-    twin = places.clone()
-    twin[row, column] += by
-    return twin
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_after_the_descent_no_single_move_lowers_the_damage(groups):
-    weight, moments = draw(6, 20), correlated(6, 20, groups=groups)
-    table = torch.sort(draw(6, 5, seed=7)).values
-    start = round_nearest_to(weight, table)
-    found = descend(weight, table, moments, start)
-
-    def damages(places):
-        return moments.errors(made(table, places) - weight)
-
-    least = damages(found)
-    assert (least <= damages(start)).all()
-    assert least.sum() < 0.9 * damages(start).sum()
-    for row, column, by in itertools.product(range(6), range(20), (-1, 1)):
-        if 0 <= found[row, column] + by < 5:
-            after = damages(moved(found, row, column, by))[row]
-            assert after >= least[row] - 1e-4 * damages(start)[row]
-
-
-def test_the_descent_leaves_what_is_best_already():
-    weight = draw(6, 40)
-    table = table_of(6, -1.0, 0.0, 1.0)
-    start = round_nearest_to(weight, table)
-    assert descend(weight, table, Moments(torch.eye(40)[None], torch.ones(6)), start).equal(start)
-    nothing = Moments(torch.zeros(1, 40, 40), torch.ones(6))
-    assert descend(weight, table, nothing, start).equal(start)

@@ -11,6 +11,7 @@ from filterpress import statistics
 from filterpress.errors import ModelError
 from filterpress.statistics import Moments, measure, patches, recalibrate_
 from tests import networks
+from tests.moments import apart
 
 LAYERS = {
     "plain": nn.Conv2d(4, 6, 3),
@@ -90,7 +91,7 @@ def feature_maps(network, images, names):
 
 
 @pytest.mark.parametrize("name", networks.BUILDERS)
-def test_gain_is_the_squared_gradient_of_each_image_summed_over_positions(name, monkeypatch):
+def test_outputs_are_the_second_moment_of_gradients_of_each_image(name, monkeypatch):
     network, images = networks.make(name), networks.images(5)
     directions = []
     original = statistics._direction
@@ -101,15 +102,16 @@ def test_gain_is_the_squared_gradient_of_each_image_summed_over_positions(name, 
 
     monkeypatch.setattr(statistics, "_direction", remembered)
     found = measure(network, images)
-    totals = {key: torch.zeros_like(value.gain) for key, value in found.items()}
+    totals = {key: torch.zeros_like(value.outputs) for key, value in found.items()}
     for image, direction in zip(images, torch.cat(directions), strict=True):
         made = feature_maps(network, image[None], list(found))
         gradients = torch.autograd.grad(made.pop("outputs") @ direction, list(made.values()))
         for key, gradient in zip(made, gradients, strict=True):
-            rows = gradient[0].reshape(len(totals[key]), -1)
-            totals[key] += rows.square().sum(dim=1) / len(images)
+            rows = gradient[0].reshape(*totals[key].shape[:2], -1)  # (G, O/G, positions)
+            totals[key] += rows @ rows.mT / len(images)
     for key, total in totals.items():
-        torch.testing.assert_close(found[key].gain, total, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(found[key].outputs, total, rtol=1e-3, atol=1e-6)
+        assert found[key].gain.equal(torch.cat([part.diagonal() for part in found[key].outputs]))
 
 
 def test_directions_have_the_curvature_of_the_softened_softmax():
@@ -125,7 +127,7 @@ def test_directions_have_the_curvature_of_the_softened_softmax():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_importance_is_what_an_error_of_one_weight_costs(groups):
     root = torch.randn(groups, 5, 5)
-    moments = Moments(root @ root.mT, torch.rand(6))
+    moments = apart(root @ root.mT, torch.rand(6))
     for row, column in ((0, 0), (3, 4), (5, 2)):
         delta = torch.zeros(6, 5)
         delta[row, column] = 0.3
@@ -135,17 +137,17 @@ def test_importance_is_what_an_error_of_one_weight_costs(groups):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_error_is_the_quadratic_form_summed_over_filters(groups):
+def test_error_is_the_quadratic_form_of_both_sides(groups):
     generator = torch.Generator().manual_seed(1)
     d, n_out = 8, 6
     root = torch.randn(groups, d, d, generator=generator)
-    moments = Moments(root @ root.mT, torch.rand(n_out, generator=generator))
+    side = torch.randn(groups, n_out // groups, n_out // groups, generator=generator)
+    moments = Moments(root @ root.mT, side @ side.mT)
     delta = torch.randn(n_out, 2, 2, 2, generator=generator)
     expected = 0.0
-    for o in range(n_out):
-        e = delta[o].flatten()
-        second = moments.inputs[o // (n_out // groups)]
-        expected += 0.5 * float(moments.gain[o]) * float(e @ second @ e)
+    for group, rows in enumerate(delta.flatten(1).split(n_out // groups)):
+        error = moments.outputs[group] @ rows @ moments.inputs[group] @ rows.T
+        expected += 0.5 * float(error.trace())
     assert moments.error(delta) == pytest.approx(expected, rel=1e-4)
     assert float(moments.errors(delta).sum()) == pytest.approx(expected, rel=1e-4)
     assert moments.error(torch.zeros_like(delta)) == 0
@@ -274,3 +276,21 @@ def test_activations_that_overflow_are_refused_by_the_name_of_the_layer():
         network[1].weight.fill_(1e30)
     with pytest.raises(ModelError, match="the activations of 2 must be finite"):
         measure(network, IMAGES)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_where_single_precision_does_not_converge_double_does(says_so, monkeypatch):
+    root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    matrix, original = root @ root.T, torch.linalg.eigh
+
+    def single_fails(given):
+        if given.dtype == torch.float64:
+            return original(given)
+        if says_so:
+            raise torch.linalg.LinAlgError
+        return given.diagonal() * torch.nan, given * torch.nan
+
+    monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+    values, vectors = statistics.eigen(matrix)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=1e-4, atol=1e-5)

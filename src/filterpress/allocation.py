@@ -3,13 +3,14 @@ r"""One allocator: what form each layer takes and how finely it is quantised, fo
 Every layer offers options: stay as it is, or become a projection of rank ``r`` in ``G`` groups of
 filters. Each option has a damage of its own and, once its weights are rounded to steps, a damage
 and a number of bytes that both follow from the steps. The steps follow from one number for the
-whole network, ``theta``: rounding with step :math:`\Delta_o` costs :math:`\theta / 12` a weight
-when
+whole network, ``theta``: rounding to the nearest multiple of :math:`\Delta_o` costs
+:math:`\theta / 12` a weight when
 
 .. math:: \tfrac12 g_o \bar a \Delta_o^2 = \theta
 
-(``g`` and ``a`` as in `statistics`), which is where no bit can be moved from one weight to another
-with profit. There the damage saved by a byte is ``theta`` times `SLOPE`, and each layer by itself
+(``g`` and ``a``: gain and mean power of the inputs, see `statistics`), which is where no bit can be
+moved from one weight to another with profit. Half of that is left where errors are made up for (see
+`rounding`). There the damage saved by a byte is ``theta`` times `SLOPE`, and each layer by itself
 takes the option of least damage + slope * bytes. Bisection on ``theta`` meets the budget (see
 `fitting`).
 
@@ -34,7 +35,8 @@ from filterpress.clustering import kmeans
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, eigen, regular
 
-SLOPE = 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db of 2**(-2b) / 12
+LEFT = 0.5  # share of the damage of rounding to the nearest that is left with errors fed back
+SLOPE = LEFT * 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db 2**(-2b) / 12
 SAMPLES = 4096  # weights of a block that stand for all of them
 N_RANKS = 12  # ranks offered a layer and number of groups
 LINEAR, BINS = 64, 8  # integers told apart up to the first, then in so many bins an octave
@@ -148,7 +150,7 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     for groups in (2**k for k in range(int(math.log2(most)) + 1)):
         if len(weight) % groups:
             continue
-        subspaces = input_subspaces(weight, moments.gain, channels, groups, seed=seed)
+        subspaces = input_subspaces(weight, moments.outputs[0], channels, groups, seed=seed)
         for rank in _ranks(weight, groups, subspaces):
             found.append(_projected(weight, moments.gain, channels, subspaces, rank, generator))
     return found
@@ -193,7 +195,7 @@ def channel_moments(weight: Tensor, moments: Moments) -> ChannelMoments:
 
 
 def input_subspaces(
-    weight: Tensor, gain: Tensor, channels: ChannelMoments, groups: int = 1, *, seed: int = 0
+    weight: Tensor, outputs: Tensor, channels: ChannelMoments, groups: int = 1, *, seed: int = 0
 ) -> Subspaces:
     """Find the projections of a layer's input that keep its outputs.
 
@@ -203,20 +205,29 @@ def input_subspaces(
 
     Args:
         weight: ``(O, I, kh, kw)`` or ``(O, I)``.
-        gain: ``(O,)`` squared derivative of the outputs by each filter's.
+        outputs: ``(O, O)`` second moment of the derivative by the filters' outputs.
         channels: Statistics of the input channels.
         groups: Number of groups; divides ``O``.
         seed: Seed of the first grouping.
     """
     root = torch.linalg.cholesky(regular(channels.second))  # (I, I)
-    scale = gain.sqrt()[:, None, None] * channels.mass.sqrt()
-    filters = (taps_of(weight) * scale).transpose(1, 2) @ root  # (O, T, I) whitened
-    labels = group_filters(filters, groups, seed=seed)
-    order = labels.argsort(stable=True)
-    found = [_principal(filters[labels == g].flatten(0, 1)) for g in range(groups)]
+    filters = (taps_of(weight) * channels.mass.sqrt()).transpose(1, 2) @ root  # (O, T, I) whitened
+    gain = outputs.diagonal().sqrt()[:, None, None]
+    order = group_filters(filters * gain, groups, seed=seed).argsort(stable=True)
+    own = torch.stack([regular(part) for part in blocks_of(outputs, order, groups)])
+    sorted_ = torch.unflatten(filters[order], 0, (groups, -1))
+    parts = torch.einsum("gpq,gpti->gqti", torch.linalg.cholesky(own), sorted_)
+    found = [_principal(part.flatten(0, 1)) for part in parts]
     bases = torch.stack([basis for basis, _ in found])
     bases = torch.linalg.solve_triangular(root, bases, upper=False, left=False)
     return Subspaces(order, bases, torch.stack([energy for _, energy in found]))
+
+
+def blocks_of(outputs: Tensor, order: Tensor, groups: int) -> Tensor:
+    """Return the part ``(G, O/G, O/G)`` of ``(O, O)`` that each group of filters has to itself."""
+    size = len(outputs) // groups
+    parts = outputs[order][:, order].view(groups, size, groups, size)
+    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,7 +360,7 @@ class Rates:
         """Return bytes and rounding damage ``(B,)`` of every block."""
         measured = _round_blocks(self.units.numpy(), self.noise.numpy(), math.sqrt(theta))
         bits, damage = (torch.from_numpy(m).float() * self.n_weights for m in measured)
-        return (bits + self.side) / 8, damage
+        return (bits + self.side) / 8, LEFT * damage
 
     def allocate(self, theta: float) -> Allocation:
         """Take the best option of every layer at one ``theta``."""

@@ -53,14 +53,16 @@ def channel_statistics(
         moments: Statistics of all layers.
     """
     columns = _columns(member, model.get_submodule(member.name))  # type: ignore[arg-type]
-    second, gain = moments[member.name].inputs, moments[member.name].gain
+    second, outputs = moments[member.name].inputs, moments[member.name].outputs
     taps = second[0][columns[:, None, :], columns[None, :, :]]  # (n, n, T)
     channels = taps.mean(dim=2)
     mass = taps.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)  # (T,)
     weight = model.get_parameter(f"{member.name}.weight").detach().flatten(1)
-    rows = weight[:, columns] * mass.sqrt() * gain.sqrt()[:, None, None]  # (O, n, T)
-    rows = rows.transpose(0, 1).flatten(1)
-    return ChannelStatistics(channels, rows @ rows.T)
+    filters = torch.unflatten(
+        weight[:, columns] * mass.sqrt(), 0, outputs.shape[:2]
+    )  # (G, R, n, T)
+    worth = torch.einsum("gpq,gqnt->gpnt", outputs, filters)
+    return ChannelStatistics(channels, torch.einsum("gpnt,gpmt->nm", filters, worth))
 
 
 def _columns(member: Member, layer: Layer) -> Tensor:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 LARGEST_THETA = math.exp(60.0)  # at which bytes alone count
 ATTEMPTS = 8  # sizes tried until the real one meets the budget
-CLOSE = 0.97  # a file this close below the budget is good enough
+CLOSE = 0.985  # a file this close below the budget is good enough
 
 
 class Attempt(NamedTuple):

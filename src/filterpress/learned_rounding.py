@@ -9,7 +9,7 @@ while ``beta`` falls.
 Reference:
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020; there
     with the layer's outputs on batches of images instead of their second moments, and followed by
-    its activation. A row that ends worse than the nearest levels takes these.
+    its activation. A layer that ends worse than with the nearest levels takes these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def round_learned_to(weight: Tensor, levels: Tensor, moments: Moments) -> Tensor
         moments: Statistics of the layer.
 
     Returns:
-        ``(O, d)`` places in the row of levels; no row damages more than with the nearest ones.
+        ``(O, d)`` places in the row of levels; they damage no more than the nearest ones.
     """
     rows = seen_rows(weight, moments)
     table = levels.view(*rows.shape[:2], -1).contiguous()
@@ -47,32 +47,27 @@ def round_learned_to(weight: Tensor, levels: Tensor, moments: Moments) -> Tensor
     bottom = table.gather(2, lower)
     gap = table.gather(2, lower + 1) - bottom
     share = ((rows - bottom) / gap).clamp(0, 1)
-    ups = _learn(rows - bottom, gap, share, moments.inputs)
-    learned = lower + ups
-    damages = [_damage(rows - table.gather(2, p), moments.inputs) for p in (learned, nearest)]
-    chosen = torch.where((damages[0] < damages[1])[..., None], learned, nearest)
+    learned = lower + _learn(rows - bottom, gap, share, moments)
+    errors = [(table.gather(2, p) - rows).flatten(0, 1) for p in (learned, nearest)]
+    damages = [moments.errors(e).view(len(rows), -1).sum(dim=1) for e in errors]  # (G,)
+    chosen = torch.where((damages[0] < damages[1])[:, None, None], learned, nearest)
     return chosen.flatten(0, 1)
 
 
-def _damage(errors: Tensor, second: Tensor) -> Tensor:
-    """Return the damage ``(G, R)`` of errors ``(G, R, d)``, but for gains."""
-    return ((errors @ second) * errors).sum(dim=2)
-
-
-def _learn(above: Tensor, gap: Tensor, share: Tensor, second: Tensor) -> Tensor:
+def _learn(above: Tensor, gap: Tensor, share: Tensor, moments: Moments) -> Tensor:
     """Learn which weights go up.
 
     Args:
         above: ``(G, R, d)`` weights less their lower level.
         gap: ``(G, R, d)`` from the lower to the upper level.
         share: ``(G, R, d)`` of the gap that they are above, within [0, 1].
-        second: ``(G, d, d)`` second moments of the inputs.
+        moments: Statistics of the layer.
 
     Returns:
         ``(G, R, d)`` integers 0 and 1.
     """
-    power = second.diagonal(dim1=1, dim2=2)
-    unit = 0.25 * (gap.square() * power[:, None]).mean(dim=2, keepdim=True)  # of damage, by row
+    cost = 0.25 * gap.square() * moments.importance.view_as(gap)
+    unit = cost.mean(dim=2, keepdim=True)  # of damage, by row
     unit = unit.clamp(min=torch.finfo(unit.dtype).tiny)
     v = torch.logit((share + 0.1) / 1.2).requires_grad_()
     optimizer = torch.optim.Adam([v], lr=RATE)
@@ -82,7 +77,7 @@ def _learn(above: Tensor, gap: Tensor, share: Tensor, second: Tensor) -> Tensor:
         h = (1.2 * sigmoid - 0.1).clamp(0, 1)
         slope = 1.2 * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1))
         errors = above - h * gap
-        gradient = -2 * (errors @ second) * gap / unit
+        gradient = -2 * (moments.outputs @ errors @ moments.inputs) * gap / unit
         done = (iteration / ITERATIONS - FREE) / (1 - FREE)
         if done >= 0:
             beta = last + (first - last) * (1 - done)

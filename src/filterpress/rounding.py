@@ -1,25 +1,28 @@
 r"""Round weights so that later ones make up for the errors of earlier ones.
 
-With steps :math:`\Delta_o` the damage of rounding a filter ``w`` to integers ``q`` is
-:math:`\tfrac12 g (w - q\Delta) A (w - q\Delta)^\top`. One column after the other is rounded, and
-what it errs is taken off the columns to come, by least squares: with the Cholesky factor ``U`` of
-:math:`A^{-1} = U^\top U` the error :math:`e = (w_i - q_i\Delta) / U_{ii}` costs
-:math:`\tfrac12 g e^2` and leaves :math:`w_{j>i} - e U_{ij}` to round.
+The damage of rounding weights ``W`` to ``Q`` is :math:`\tfrac12 \operatorname{tr}(G E A E^\top)`
+with :math:`E = W - Q` (see `statistics`). The weights are rounded row by row and column by column,
+and what one errs is taken off those to come, by least squares: with the Cholesky factors
+:math:`A^{-1} = U^\top U` and :math:`G^{-1} = V^\top V` the error
+:math:`e = (w_{oi} - q_{oi}) / (V_{oo} U_{ii})` costs :math:`\tfrac12 e^2` and leaves
+:math:`w_{pj} - e V_{op} U_{ij}` to round. Since what is best for a weight depends on those after
+it, a few ways through each row are followed, and the best of them is taken at its end.
 
-With steps that follow from `allocation`, each integer is the one of least damage + slope * bits, of
-the nearest one, the one below it in magnitude, and zero. A weight that learns on is rounded with a
-dead zone, which is what that choice comes to on average: without it, training would move a part of
-the weights back to the integers that were not worth their bits. Where a row has a few levels to
-choose from, it is the nearest of these.
+With steps that follow from `allocation`, the cost of an integer is its damage + slope * bits. A
+weight that learns on is rounded with a dead zone, which is what that choice comes to on average:
+without it, training would move a part of the weights back to the integers that were not worth their
+bits. Where a row has a few levels to choose from, bits do not count.
 
 Reference:
-    Frantar et al., "GPTQ", ICLR 2023, algorithm 1; the choice by rate and distortion as in
-    DeepCABAC (see `codec`), here with the error fed back and the static code lengths of the tensor.
+    Frantar et al., "GPTQ", ICLR 2023, algorithm 1, for the inputs' side, and Tseng et al.,
+    "Model-Preserving Adaptive Rounding", 2025, for both; the choice by rate and distortion as in
+    DeepCABAC (see `codec`), here with the static code lengths of the tensor; the M-algorithm of
+    Anderson and Mohan, "Sequential Coding Algorithms", 1984, for the ways that are followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 import torch
@@ -32,11 +35,11 @@ from filterpress.representations import MAX_INTEGER, Layer, quantize_
 from filterpress.statistics import Moments
 
 DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
-COLUMNS = 128  # rounded at a time, before the others are corrected
-BITS_COUNT = 0.5  # of what a bit is worth to the allocator; more leaves too little to retrain
+OUTPUT_DAMPING = 0.3  # as for the inputs'; derivatives are drawn, and few images have large ones
+SURVIVORS = 4  # ways through a row that are followed; 8 save another percent of the bytes
+BITS_COUNT = 0.4  # of what a bit is worth to the allocator; more leaves too little to retrain
 INSIDE = 0.49  # steps from the middle of an integer's cell to where rounding surely gives it
 DEAD_ZONE = 0.2  # steps by which cells lie farther from zero than their integers
-ENOUGH = 1e-5  # share of a row's damage below which no move is worth it
 LARGEST = 255  # integers above have the code length of this one
 
 
@@ -52,12 +55,44 @@ def quantize_compensated_(layer: Layer, moments: Moments, theta: float) -> None:
     weight = layer.weight.detach()
     steps = steps_of(weight, moments, theta)
     steps = torch.maximum(steps, weight.flatten(1).abs().amax(dim=1) / MAX_INTEGER)
-    units = round_compensated(weight, steps, moments, theta)
-    middle, half = units + DEAD_ZONE * units.sign(), INSIDE + DEAD_ZONE * (units == 0)
-    nearby = torch.clamp(weight.flatten(1) / steps[:, None], middle - half, middle + half)
+    integers = round_compensated(weight, steps, moments, theta)
+    quantize_at_(layer, integers, steps, dead_zone=DEAD_ZONE)
+
+
+def quantize_at_(
+    layer: Layer,
+    integers: Tensor,
+    step: Tensor,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    spacing: int = 1,
+    dead_zone: float = 0.0,
+) -> None:
+    """Make a plain layer compute with the integers chosen for it.
+
+    It learns with the weights it had, moved into the cell of their integer where another one than
+    the nearest was chosen.
+
+    Args:
+        layer: Plain layer, changed in place.
+        integers: ``(O, d)``.
+        step: ``(O,)``; it and the rest as for `representations.quantize_`.
+        low: ``(O,)``.
+        high: ``(O,)``.
+        spacing: Of the integers.
+        dead_zone: In steps.
+    """
+    middle = integers + dead_zone * integers.sign()
+    half = INSIDE * spacing + dead_zone * (integers == 0)
+    floor, ceiling = middle - half, middle + half
+    if low is not None:
+        floor = floor.masked_fill(integers == low[:, None], -torch.inf)
+    if high is not None:
+        ceiling = ceiling.masked_fill(integers == high[:, None], torch.inf)
+    units = (layer.weight.detach().flatten(1) / step[:, None]).clamp(floor, ceiling)
     with torch.no_grad():
-        layer.weight.copy_((nearby * steps[:, None]).view_as(weight))
-    quantize_(layer, steps, dead_zone=DEAD_ZONE)
+        layer.weight.copy_((units * step[:, None]).view_as(layer.weight))
+    quantize_(layer, step, low, high, spacing, dead_zone)
 
 
 def round_compensated(weight: Tensor, steps: Tensor, moments: Moments, theta: float) -> Tensor:
@@ -72,19 +107,12 @@ def round_compensated(weight: Tensor, steps: Tensor, moments: Moments, theta: fl
     Returns:
         ``(O, d)`` integers, as floats.
     """
-    rows = seen_rows(weight, moments)
-    groups = len(rows)
-    gain, scale = moments.gain.view(groups, -1), steps.view(groups, -1)
-    lengths = code_lengths(torch.round(rows / scale[..., None]))
-    price = torch.as_tensor(lengths * (BITS_COUNT * SLOPE * theta / 8))
-
-    def round_block(block: Tensor, errors: Tensor, factor: Tensor) -> None:
-        _round_columns(
-            *(t.numpy() for t in (block, errors, factor)),
-            *(t.contiguous().numpy() for t in (scale, 0.5 * gain, price)),
-        )
-
-    return _fed_back(rows, moments, round_block)
+    units = seen_rows(weight, moments).flatten(0, 1) / steps[:, None]
+    largest = max(1, math.ceil(float(units.abs().max())))
+    integers = torch.arange(-largest, largest + 1.0)
+    lengths = code_lengths(units.round())[integers.abs().clamp(max=LARGEST).long()]
+    price = lengths * (BITS_COUNT * SLOPE * theta / 8)
+    return _search(weight, integers * steps[:, None], moments, price) - float(largest)
 
 
 def round_compensated_to(weight: Tensor, levels: Tensor, moments: Moments) -> Tensor:
@@ -98,44 +126,13 @@ def round_compensated_to(weight: Tensor, levels: Tensor, moments: Moments) -> Te
     Returns:
         ``(O, d)`` places in the row of levels.
     """
-    rows = seen_rows(weight, moments)
-    table = levels.view(*rows.shape[:2], -1).contiguous()
-
-    def round_block(block: Tensor, errors: Tensor, factor: Tensor) -> None:
-        _round_columns_to(*(t.numpy() for t in (block, errors, factor, table)))
-
-    return _fed_back(rows, moments, round_block).long()
+    return _search(weight, levels, moments, torch.zeros(levels.shape[1]))
 
 
 def round_nearest_to(weight: Tensor, levels: Tensor) -> Tensor:
     """Return the places ``(O, d)`` of the levels ``(O, K)`` nearest to a weight ``(O, ...)``."""
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     return torch.searchsorted(middles.contiguous(), weight.flatten(1))
-
-
-def descend(weight: Tensor, levels: Tensor, moments: Moments, places: Tensor) -> Tensor:
-    """Move one weight of each row at a time to a level beside its own, until no move helps.
-
-    Args:
-        weight: ``(O, I/groups, kh, kw)`` or ``(O, I)``.
-        levels: ``(O, K)`` ascending.
-        moments: Statistics of the layer.
-        places: ``(O, d)`` of the weights to begin with, in the row of levels.
-
-    Returns:
-        ``(O, d)`` places; no row damages more than before.
-
-    Reference:
-        Coordinate descent as in Behdin et al., "QuantEase", 2023, but the best move of a row first.
-    """
-    rows = seen_rows(weight, moments)
-    table = levels.view(*rows.shape[:2], -1).contiguous()
-    found = places.view(rows.shape).clone()
-    errors = table.gather(2, found) - rows
-    pull = errors @ moments.inputs
-    enough = -ENOUGH * (pull * errors).sum(dim=2).clamp(min=0)
-    _move_one_by_one(*(t.numpy() for t in (found, pull, enough, table, moments.inputs)))
-    return found.flatten(0, 1)
 
 
 def seen_rows(weight: Tensor, moments: Moments) -> Tensor:
@@ -145,31 +142,34 @@ def seen_rows(weight: Tensor, moments: Moments) -> Tensor:
     return weight.flatten(1).view(groups, -1, d) * seen[:, None]
 
 
-def _fed_back(
-    rows: Tensor, moments: Moments, round_block: Callable[[Tensor, Tensor, Tensor], None]
-) -> Tensor:
-    """Round block after block of columns, and take the errors of each off the others.
+def _search(weight: Tensor, levels: Tensor, moments: Moments, price: Tensor) -> Tensor:
+    """Choose the level of every weight, row by row and column by column.
 
     Args:
-        rows: ``(G, R, d)`` weights.
+        weight: ``(O, I/groups, kh, kw)`` or ``(O, I)``.
+        levels: ``(O, K)`` ascending.
         moments: Statistics of the layer.
-        round_block: Rounds columns ``(G, R, B)`` in place and fills in errors of their shape, given
-            the block ``(G, B, B)`` of the factor.
+        price: ``(K,)`` damage that the bits of a level are worth.
 
     Returns:
-        ``(G R, d)`` what the columns were rounded to.
+        ``(O, d)`` places in the row of levels.
     """
-    factor = _inverse_factor(moments.inputs)
-    left, units = rows.clone(), torch.empty_like(rows)
-    d = rows.shape[-1]
-    for start in range(0, d, COLUMNS):
-        now, then = slice(start, start + COLUMNS), slice(start + COLUMNS, d)
-        block = left[..., now].contiguous()
-        errors = torch.empty_like(block)
-        round_block(block, errors, factor[:, now, now].contiguous())
-        units[..., now] = block
-        left[..., then] -= errors @ factor[:, now, then]
-    return units.view(-1, d)
+    rows = seen_rows(weight, moments).contiguous()
+    table = levels.view(*rows.shape[:2], -1).contiguous()
+    factor = _inverse_factor(moments.inputs, DAMPING).mT.contiguous()
+    across = _inverse_factor(moments.outputs, OUTPUT_DAMPING).contiguous()
+    places = torch.zeros(rows.shape, dtype=torch.long)
+    for group in range(len(rows)):
+        _search_rows(
+            rows[group].numpy(),
+            factor[group].numpy(),
+            across[group].numpy(),
+            table[group].numpy(),
+            price.numpy(),
+            places[group].numpy(),
+            SURVIVORS,
+        )
+    return places.flatten(0, 1)
 
 
 def code_lengths(integers: Tensor) -> Tensor:
@@ -186,10 +186,10 @@ def code_lengths(integers: Tensor) -> Tensor:
     return bits.float()
 
 
-def _inverse_factor(second: Tensor) -> Tensor:
+def _inverse_factor(second: Tensor, damping: float) -> Tensor:
     """Return upper triangular ``U`` with ``U^T U`` the inverse of second moments ``(G, d, d)``."""
     power = second.diagonal(dim1=1, dim2=2)
-    ridge = DAMPING * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24
+    ridge = damping * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24
     failed = torch.ones(len(second), dtype=torch.bool)
     while failed.any():
         safe = second + torch.diag_embed(ridge[:, None].expand_as(power))
@@ -205,112 +205,96 @@ def _inverse_factor(second: Tensor) -> Tensor:
 
 
 @njit(cache=True)
-def _round_columns(
+def _search_rows(
     rows: NDArray[np.float32],
-    errors: NDArray[np.float32],
     factor: NDArray[np.float32],
-    steps: NDArray[np.float32],
-    gain: NDArray[np.float32],
+    across: NDArray[np.float32],
+    levels: NDArray[np.float32],
     price: NDArray[np.float32],
-) -> None:
-    """Round the columns of a block, one after the other, in place.
-
-    Args:
-        rows: (G, R, B) weights; become integers.
-        errors: (G, R, B) filled with the errors to feed back.
-        factor: (G, B, B) of `_inverse_factor`.
-        steps: (G, R).
-        gain: (G, R) damage of a squared error.
-        price: (LARGEST + 1,) damage that the bits of a magnitude are worth.
-    """
-    last = price.size - 1
-    n_columns = rows.shape[2]
-    for group in range(rows.shape[0]):
-        for row in range(rows.shape[1]):
-            step = steps[group, row]
-            for i in range(n_columns):
-                pivot = factor[group, i, i]
-                value = rows[group, row, i]
-                size = abs(value) / step
-                weight = gain[group, row] * (step / pivot) ** 2
-                nearest = int(np.rint(size))
-                best, least = 0, weight * size**2 + price[0]
-                for candidate in range(max(nearest - 1, 1), nearest + 1):
-                    cost = weight * (size - candidate) ** 2 + price[min(candidate, last)]
-                    if cost < least:
-                        best, least = candidate, cost
-                unit = best if value > 0 else -best
-                error = (value - unit * step) / pivot
-                rows[group, row, i] = unit
-                errors[group, row, i] = error
-                for j in range(i + 1, n_columns):
-                    rows[group, row, j] -= error * factor[group, i, j]
-
-
-@njit(cache=True)
-def _round_columns_to(
-    rows: NDArray[np.float32],
-    errors: NDArray[np.float32],
-    factor: NDArray[np.float32],
-    levels: NDArray[np.float32],
-) -> None:
-    """Round the columns of a block to the nearest levels, one after the other, in place.
-
-    Args:
-        rows: (G, R, B) weights; become places in the row of levels.
-        errors: (G, R, B) filled with the errors to feed back.
-        factor: (G, B, B) of `_inverse_factor`.
-        levels: (G, R, K) ascending.
-    """
-    n_columns, last = rows.shape[2], levels.shape[2] - 1
-    for group in range(rows.shape[0]):
-        for row in range(rows.shape[1]):
-            table = levels[group, row]
-            for i in range(n_columns):
-                value = rows[group, row, i]
-                place = np.searchsorted(table, value)
-                if place > last or (place > 0 and value - table[place - 1] <= table[place] - value):
-                    place -= 1
-                error = (value - table[place]) / factor[group, i, i]
-                rows[group, row, i] = place
-                errors[group, row, i] = error
-                for j in range(i + 1, n_columns):
-                    rows[group, row, j] -= error * factor[group, i, j]
-
-
-@njit(cache=True)
-def _move_one_by_one(
     places: NDArray[np.int64],
-    pull: NDArray[np.float32],
-    enough: NDArray[np.float32],
-    levels: NDArray[np.float32],
-    second: NDArray[np.float32],
+    n_ways: int,
 ) -> None:
-    """Make the best move of each row again and again, in place.
+    """Find the levels of least damage and price.
 
     Args:
-        places: (G, R, d) of the weights in the row of levels.
-        pull: (G, R, d) half the slope of the damage by each weight; follows the moves.
-        enough: (G, R) change of the damage, negative, above which no move is made.
-        levels: (G, R, K) ascending.
-        second: (G, d, d).
+        rows: (R, d) weights; changed.
+        factor: (d, d) of `_inverse_factor`, of the inputs, transposed.
+        across: (R, R) of `_inverse_factor`, of the outputs.
+        levels: (R, K) ascending.
+        price: (K,).
+        places: (R, d), filled.
+        n_ways: At least 1.
     """
-    n_columns, n_levels = places.shape[2], levels.shape[2]
-    for group in range(places.shape[0]):
-        for row in range(places.shape[1]):
-            table = levels[group, row]
-            for _ in range(n_columns):
-                least, column, there = enough[group, row], -1, 0
-                for i in range(n_columns):
-                    here = places[group, row, i]
-                    for beside in range(max(here - 1, 0), min(here + 2, n_levels)):
-                        move = table[beside] - table[here]
-                        change = move * (2 * pull[group, row, i] + move * second[group, i, i])
-                        if change < least:
-                            least, column, there = change, i, beside
-                if column < 0:
-                    break
-                move = table[there] - table[places[group, row, column]]
-                places[group, row, column] = there
-                for i in range(n_columns):
-                    pull[group, row, i] += move * second[group, column, i]
+    n_rows, d = rows.shape
+    for row in range(n_rows):
+        own = across[row, row]
+        _search_row(rows[row], factor, own, levels[row], price, places[row], n_ways)
+        for later in range(row + 1, n_rows):
+            share = across[row, later] / own
+            for i in range(d):
+                rows[later, i] -= share * (rows[row, i] - levels[row, places[row, i]])
+
+
+@njit(cache=True)
+def _search_row(
+    row: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    own: float,
+    levels: NDArray[np.float32],
+    price: NDArray[np.float32],
+    places: NDArray[np.int64],
+    n_ways: int,
+) -> None:
+    """Find the levels of one row: each way goes on to the levels beside its value, and to zero."""
+    zero = np.abs(levels).argmin()
+    costs, n_alive = np.zeros(n_ways), 1
+    errors = np.zeros((2, n_ways, row.size), np.float32)  # of the ways so far, and of those to come
+    parents, picks = np.zeros((2, row.size, n_ways), np.int64)
+    best = np.zeros((n_ways, 4))  # cost, parent, place and error of the ways to come
+    for i in range(row.size):
+        now, then = errors[i % 2], errors[1 - i % 2]
+        best[:, 0] = np.inf
+        for way in range(n_alive):
+            value = row[i] - _dot(now[way], factor[i], i)
+            above = np.searchsorted(levels, value)
+            below = max(above - 1, 0)
+            above = min(above, levels.size - 1)
+            for k, place in enumerate((below, above, zero)):
+                if (k == 1 and above == below) or (k == 2 and below <= zero <= above):
+                    continue
+                error = (value - levels[place]) / factor[i, i]
+                cost = costs[way] + 0.5 * (error / own) ** 2 + price[place]
+                _insert(best, cost, way, place, error)
+        n_alive = int((best[:, 0] < np.inf).sum())
+        for way in range(n_alive):
+            parent = int(best[way, 1])
+            costs[way], parents[i, way], picks[i, way] = best[way, 0], parent, int(best[way, 2])
+            then[way, :i] = now[parent, :i]
+            then[way, i] = best[way, 3]
+    way = 0
+    for i in range(row.size - 1, -1, -1):
+        places[i] = picks[i, way]
+        way = parents[i, way]
+
+
+@njit(cache=True)
+def _insert(
+    best: NDArray[np.float64], cost: float, parent: float, place: float, error: float
+) -> None:
+    """Put an entry in its place among those sorted by cost; the last one goes."""
+    slot = len(best) - 1
+    if cost >= best[slot, 0]:
+        return
+    while slot > 0 and best[slot - 1, 0] > cost:
+        best[slot] = best[slot - 1]
+        slot -= 1
+    best[slot, 0], best[slot, 1], best[slot, 2], best[slot, 3] = cost, parent, place, error
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _dot(left: NDArray[np.float32], right: NDArray[np.float32], n: int) -> np.float32:
+    """Return the product of the first n entries, vectorised."""
+    total = np.float32(0)
+    for j in range(n):
+        total += left[j] * right[j]
+    return total

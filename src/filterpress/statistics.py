@@ -3,16 +3,17 @@ r"""What a layer sees and how much its outputs matter, from one pass over calibr
 Every method measures the damage of a change :math:`E` of a layer's weight in the same unit, the
 expected change of the network's outputs, so that damages of different layers and methods compare:
 
-.. math:: D(E) = \tfrac12 \sum_o g_o \, e_o A e_o^\top
+.. math:: D(E) = \tfrac12 \operatorname{tr}(G E A E^\top)
 
-``e_o`` is filter ``o`` of ``E`` flattened to ``d = I/groups * kh * kw`` numbers; ``A`` is the
-second moment of the patches the filter is applied to; ``g_o`` is the squared derivative of the
-network's outputs by the layer's output channel ``o``, summed over positions.
+The rows of ``E`` are its filters, flattened to ``d = I/groups * kh * kw`` numbers; ``A`` is the
+second moment of the patches they are applied to; ``G`` is that of the derivative of the network's
+outputs by the layer's output channels, summed over positions. Off its diagonal it tells how errors
+of filters add up or cancel; its diagonal is the ``gain`` of each.
 
 Reference:
     The Kronecker-factored curvature of Grosse and Martens, "A Kronecker-factored approximate Fisher
-    matrix for convolution layers", ICML 2016, with a diagonal second factor; the outputs' metric is
-    that of the softened softmax instead of the labels' loss, so that no labels are needed.
+    matrix for convolution layers", ICML 2016; the outputs' metric is that of the softened softmax
+    instead of the labels' loss, so that no labels are needed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from filterpress.progress import progress
 from filterpress.representations import Layer, is_quantized
 from filterpress.surgery import layers, plain
 
-MAX_ROWS = 8192  # patches a layer; more does not change what is chosen, less is noisy at d = 4608
+MAX_ROWS = 32768  # patches a layer; with few, rounding is fitted to them and errs on the others
 BATCH_PIXELS = 2**19  # of the images that pass at a time
 SPARSE = 0.7  # share of columns in use below which the others are left out of a product
 RIDGE = 1e-4  # of the mean power, added to second moments
@@ -43,8 +44,13 @@ class Moments(NamedTuple):
     """Statistics of one layer."""
 
     inputs: Tensor  # (groups, d, d) mean of patch patch^T over images and positions
-    gain: Tensor  # (O,) squared derivative of the outputs, summed over positions, mean of images
+    outputs: Tensor  # (groups, R, R), R = O/groups: mean of derivative derivative^T over images
     mean: Tensor = torch.empty(0)  # (groups, d) of the patches; empty where it was not measured
+
+    @property
+    def gain(self) -> Tensor:
+        """Squared derivative ``(O,)`` of the network's outputs by each of the layer's."""
+        return self.outputs.diagonal(dim1=1, dim2=2).flatten()
 
     @property
     def importance(self) -> Tensor:
@@ -54,13 +60,12 @@ class Moments(NamedTuple):
 
     def error(self, delta: Tensor) -> float:
         """Return the damage ``D`` of a weight change ``(O, I/groups, kh, kw)``."""
-        return float(self.errors(delta).sum())
+        return float(self.errors(delta).sum().clamp(min=0))
 
     def errors(self, delta: Tensor) -> Tensor:
         """Return each output channel's share ``(O,)`` of the damage of a weight change."""
         rows = delta.flatten(1).view(len(self.inputs), -1, self.inputs.shape[-1])  # (G, O/G, d)
-        power = torch.einsum("god,gde,goe->go", rows, self.inputs, rows).flatten()
-        return 0.5 * self.gain * power.clamp(min=0)
+        return 0.5 * ((self.outputs @ rows @ self.inputs) * rows).sum(dim=2).flatten()
 
 
 def regular(matrix: Tensor) -> Tensor:
@@ -77,11 +82,15 @@ def regular(matrix: Tensor) -> Tensor:
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues ``(n,)``, rising, and eigenvectors ``(n, n)`` of a symmetric matrix.
 
-    Single precision does not always converge on second moments that nearly lack rank; double does.
+    Single precision does not always converge on second moments that nearly lack rank, and does not
+    always say so; double does.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
+        failed = not bool(torch.isfinite(values).all())
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        failed = True
+    if failed:
         values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
@@ -116,10 +125,10 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
     model.zero_grad(set_to_none=True)
     count = len(images)
     for name, total in totals.items():
-        if not (torch.isfinite(total.inputs).all() and torch.isfinite(total.gain).all()):
+        if not (torch.isfinite(total.inputs).all() and torch.isfinite(total.outputs).all()):
             raise ModelError(f"the activations of {name} must be finite, got NaN or infinity")
     return {
-        name: Moments(_symmetric(m.inputs) / count, m.gain / count, m.mean / count)
+        name: Moments(_symmetric(m.inputs) / count, m.outputs / count, m.mean / count)
         for name, m in totals.items()
     }
 
@@ -176,8 +185,9 @@ def _listening(
             seen = patches(layer, args[0].detach(), output.shape, n_rows, generator)
             if name not in totals:
                 empty = seen.new_zeros(len(seen), seen.shape[2], seen.shape[2])
-                gain, mean = seen.new_zeros(output.shape[1]), seen.new_zeros(empty.shape[:2])
-                totals[name] = Moments(empty, gain, mean)
+                side = output.shape[1] // len(seen)
+                outputs = seen.new_zeros(len(seen), side, side)
+                totals[name] = Moments(empty, outputs, seen.new_zeros(empty.shape[:2]))
             scale = len(output) / seen.shape[1]
             add_second_moment_(totals[name].inputs, seen, scale)
             totals[name].mean.add_(seen.sum(dim=1), alpha=scale)
@@ -187,8 +197,12 @@ def _listening(
         handles.append(layer.register_forward_hook(forward))
 
     def backward(name: str, gradient: Tensor) -> None:
-        square = gradient.square().flatten(2) if gradient.ndim > 2 else gradient.square()[..., None]
-        totals[name].gain.add_(square.sum(dim=(0, 2)))
+        total = totals[name].outputs
+        rows = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]  # (N, O, P)
+        rows = (
+            torch.unflatten(rows, 1, total.shape[:2]).permute(1, 0, 3, 2).flatten(1, 2)
+        )  # (G, N P, R)
+        total.baddbmm_(rows.transpose(1, 2), rows)
 
     for name, layer in layers(model).items():
         listen(name, layer)

@@ -12,9 +12,10 @@ from filterpress.errors import ModelError
 from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
 from filterpress.package import Package, encode
 from filterpress.representations import Projected, is_quantized
-from filterpress.statistics import Moments, measure, recalibrate_
+from filterpress.statistics import measure, recalibrate_
 from filterpress.surgery import layers, plain
 from tests import networks
+from tests.moments import apart, white
 
 IMAGES = networks.images(128)
 
@@ -183,7 +184,7 @@ def test_a_projection_of_full_rank_and_fine_steps_is_the_layer_itself(layer, gro
     moments = statistics_of(layer, images)
     weight = layer.weight.detach()
     channels = channel_moments(weight, moments)
-    subspaces = input_subspaces(weight, moments.gain, channels, groups)
+    subspaces = input_subspaces(weight, moments.outputs[0], channels, groups)
     option = Option(6, subspaces, (), 0.0)
     made = project(layer, option, moments, 1e-12)
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_the_damage_predicted_is_the_damage_done():
     layer = nn.Conv2d(16, 24, 3)
     low_rank_(layer, 8)
     gain = torch.linspace(0.5, 2.0, 24)
-    moments = Moments(torch.eye(144)[None], gain)
+    moments = apart(torch.eye(144)[None], gain)
     for option in options(layer, moments, max_groups=2)[1:]:
         made = project(layer, option, moments, 1e-10)
         weight = layers(plain(nn.Sequential(made)))["0"].weight.detach()
@@ -206,7 +207,7 @@ def test_the_damage_predicted_is_the_damage_done():
 
 def test_a_layer_that_stays_cannot_be_projected():
     layer = nn.Conv2d(4, 4, 1)
-    moments = Moments(torch.eye(4)[None], torch.ones(4))
+    moments = white(4, 4)
     with pytest.raises(ValueError, match="option must have a rank"):
         project(layer, Option(0, None, (), 0.0), moments, 1e-3)
 

@@ -35,6 +35,7 @@ from filterpress.allocation import (
     Allocation,
     Option,
     Rates,
+    blocks_of,
     channel_moments,
     options,
 )
@@ -215,11 +216,11 @@ def fold(
     energies = option.subspaces.energies[0, : option.rank]
     readers, seen = {}, {}
     for member in channels.group.producers:
-        seen[member.name] = Moments(source.moments[member.name].inputs, energies)
+        seen[member.name] = Moments(source.moments[member.name].inputs, torch.diag(energies)[None])
     for member in channels.group.consumers:
         weight, moments = layers(source.network)[member.name].weight, source.moments[member.name]
         readers[member.name], second = refit_projected(weight.detach(), basis, moments, 1)
-        seen[member.name] = Moments(second, moments.gain)
+        seen[member.name] = Moments(second, moments.outputs)
     fold_(network, channels, basis, readers, source.spreads)
     return seen
 
@@ -244,15 +245,16 @@ def project(layer: Layer, option: Option, moments: Moments, theta: float) -> Pro
     first, last = _halves(layer, len(rows), option.groups)
     with torch.no_grad():
         first.weight.copy_(rows.view_as(first.weight))
-    channels = channel_moments(weight, moments)
-    quantize_compensated_(first, Moments(channels.second[None], energies), theta)
+    second = channel_moments(weight, moments).second
+    quantize_compensated_(first, Moments(second[None], torch.diag(energies)[None]), theta)
     rounded = first.weight.detach().flatten(1)
     rest, second = refit_projected(weight[order], rounded, moments, option.groups)
     with torch.no_grad():
         last.weight.copy_(rest.view_as(last.weight))
         if layer.bias is not None and last.bias is not None:
             last.bias.copy_(layer.bias[order])
-    quantize_compensated_(last, Moments(second, moments.gain[order]), theta)
+    outputs = blocks_of(moments.outputs[0], order, option.groups)
+    quantize_compensated_(last, Moments(second, outputs), theta)
     back = ChannelOrder(order.argsort()) if option.groups > 1 else None
     return Projected(first, last, back)
 

@@ -37,8 +37,8 @@ from filterpress.grids import Grid, best_grid, codebook, range_grid
 from filterpress.learned_rounding import round_learned_to
 from filterpress.methods import Outcome
 from filterpress.progress import progress
-from filterpress.representations import Layer, quantize_, share_levels_
-from filterpress.rounding import INSIDE, descend, round_compensated_to, round_nearest_to
+from filterpress.representations import Layer, share_levels_
+from filterpress.rounding import quantize_at_, round_compensated_to, round_nearest_to
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
 
@@ -64,8 +64,7 @@ class QuantizationConfig:
         per: channel or tensor: what has a step, or a codebook, of its own.
         fit: range (levels span the weights), weights or outputs (levels of least error of these).
         rounding: nearest, compensated (errors are fed back to later weights), or learned (up or
-            down, all weights at once; slow for wide layers); after these, single weights move on
-            while that lowers the damage.
+            down, all weights at once; slow for wide layers).
         headroom: Share of the budget left free where widths are chosen, since retraining changes
             the size a little.
     """
@@ -262,7 +261,7 @@ def choose(layer: Layer, grid: Grid | Tensor, moments: Moments, rounding: str) -
     if rounding == "nearest":
         return round_nearest_to(weight, table)
     way = round_learned_to if rounding == "learned" else round_compensated_to
-    return descend(weight, table, moments, way(weight, table, moments))
+    return way(weight, table, moments)
 
 
 def apply(
@@ -277,34 +276,13 @@ def apply(
         layer = layers(result)[name]
         before = layer.weight.detach().clone()
         if isinstance(grid, Grid):
-            quantize_to_(layer, grid, places)
+            integers = grid.low[:, None] + grid.spacing * places
+            quantize_at_(layer, integers, *grid)
         else:
             share_levels_(layer, grid, places.view_as(before))
         correct_bias_(layer, before, moments[name])
     statistics.recalibrate_(result, images)
     return result
-
-
-def quantize_to_(layer: Layer, grid: Grid, places: Tensor) -> None:
-    """Make a plain layer compute with the integers chosen for it.
-
-    It learns with the weights it had, moved into the cell of their integer where another one than
-    the nearest was chosen.
-
-    Args:
-        layer: Plain layer, changed in place.
-        grid: Its grid.
-        places: ``(O, d)`` of each weight among the levels of its row.
-    """
-    low, high, step = (values[:, None] for values in (grid.low, grid.high, grid.step))
-    integers = low + grid.spacing * places
-    units = layer.weight.detach().flatten(1) / step
-    inside = INSIDE * grid.spacing
-    floor = torch.where(integers == low, -torch.inf, integers - inside)
-    ceiling = torch.where(integers == high, torch.inf, integers + inside)
-    with torch.no_grad():
-        layer.weight.copy_((units.clamp(floor, ceiling) * step).view_as(layer.weight))
-    quantize_(layer, *grid)
 
 
 def correct_bias_(layer: Layer, before: Tensor, moments: Moments) -> None:
