@@ -36,7 +36,7 @@ from filterpress.statistics import Moments
 
 DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
 OUTPUT_DAMPING = 0.3  # as for the inputs'; derivatives are drawn, and few images have large ones
-SURVIVORS = 4  # ways through a row that are followed; 8 save another percent of the bytes
+SURVIVORS = 4  # ways through a row that are followed
 BITS_COUNT = 0.4  # of what a bit is worth to the allocator; more leaves too little to retrain
 INSIDE = 0.49  # steps from the middle of an integer's cell to where rounding surely gives it
 DEAD_ZONE = 0.2  # steps by which cells lie farther from zero than their integers
