@@ -238,7 +238,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, processes,
     out, chance, stood, kills = tmp_path / "run", random.Random(0), {}, 0
     while not (out / "report.json").exists():
         child = start(processes, out, settings)
-        child.join(chance.uniform(0.5, 4) if kills < 8 else None)
+        child.join(chance.uniform(0.1, 1.5) if kills < 8 else None)
         child.kill()
         child.join()
         assert child.exitcode in {0, -signal.SIGKILL}
