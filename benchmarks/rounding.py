@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from filterpress import allocation, package, rounding, statistics
+from filterpress.allocation import LEFT, SLOPE
 from filterpress.methods import merge_filters, project_channels
 from filterpress.statistics import Moments
 from filterpress.tasks import Task, calibration, load_task
@@ -49,8 +50,8 @@ def undone(way: str) -> Iterator[None]:
         if way == "whole damage":
             put(allocation, "LEFT", 1.0)
             for module in (allocation, rounding, merge_filters):
-                put(module, "SLOPE", allocation.SLOPE / 0.5)
-            put(rounding, "BITS_COUNT", rounding.BITS_COUNT * 0.5)
+                put(module, "SLOPE", SLOPE / LEFT)
+            put(rounding, "BITS_COUNT", rounding.BITS_COUNT * LEFT)
         yield
 
 

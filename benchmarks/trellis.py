@@ -14,6 +14,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from filterpress.rounding import _dot
+
 Integers = NDArray[np.int64]
 
 
@@ -120,15 +122,6 @@ def search_rows(
         for i in range(d - 1, -1, -1):
             integers[row, i] = paths.picks[i, path]
             path = paths.parents[i, path]
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def _dot(left: NDArray[np.float32], right: NDArray[np.float32], n: int) -> np.float32:
-    """Return the product of the first n entries; vectorised."""
-    total = np.float32(0)
-    for j in range(n):
-        total += left[j] * right[j]
-    return total
 
 
 @njit(cache=True)

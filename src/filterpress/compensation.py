@@ -58,9 +58,8 @@ def channel_statistics(
     channels = taps.mean(dim=2)
     mass = taps.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)  # (T,)
     weight = model.get_parameter(f"{member.name}.weight").detach().flatten(1)
-    filters = torch.unflatten(
-        weight[:, columns] * mass.sqrt(), 0, outputs.shape[:2]
-    )  # (G, R, n, T)
+    rows = weight[:, columns] * mass.sqrt()  # (O, n, T)
+    filters = torch.unflatten(rows, 0, outputs.shape[:2])  # (G, R, n, T)
     worth = torch.einsum("gpq,gqnt->gpnt", outputs, filters)
     return ChannelStatistics(channels, torch.einsum("gpnt,gpmt->nm", filters, worth))
 

@@ -199,9 +199,8 @@ def _listening(
     def backward(name: str, gradient: Tensor) -> None:
         total = totals[name].outputs
         rows = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]  # (N, O, P)
-        rows = (
-            torch.unflatten(rows, 1, total.shape[:2]).permute(1, 0, 3, 2).flatten(1, 2)
-        )  # (G, N P, R)
+        rows = torch.unflatten(rows, 1, total.shape[:2])  # (N, G, R, P)
+        rows = rows.permute(1, 0, 3, 2).flatten(1, 2)  # (G, N P, R)
         total.baddbmm_(rows.transpose(1, 2), rows)
 
     for name, layer in layers(model).items():
