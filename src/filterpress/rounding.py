@@ -1,12 +1,11 @@
 r"""Round weights so that later ones make up for the errors of earlier ones.
 
 The damage of rounding weights ``W`` to ``Q`` is :math:`\tfrac12 \operatorname{tr}(G E A E^\top)`
-with :math:`E = W - Q` (see `statistics`). The weights are rounded row by row and column by column,
-and what one errs is taken off those to come, by least squares: with the Cholesky factors
-:math:`A^{-1} = U^\top U` and :math:`G^{-1} = V^\top V` the error
-:math:`e = (w_{oi} - q_{oi}) / (V_{oo} U_{ii})` costs :math:`\tfrac12 e^2` and leaves
-:math:`w_{pj} - e V_{op} U_{ij}` to round. Since what is best for a weight depends on those after
-it, a few ways through each row are followed, and the best of them is taken at its end.
+with :math:`E = W - Q` (see `statistics`). With the factors :math:`A = U U^\top` and
+:math:`G = V V^\top`, upper triangular, it is half the sum of squares of :math:`V^\top E U`, where
+an entry depends on the errors in its row and above, in its column and to the left. In turn each
+weight takes a level that makes its entry small, and so makes up for the errors before it. What
+these put there is a product of matrices, but for those of the same tile of weights.
 
 With steps that follow from `allocation`, the cost of an integer is its damage + slope * bits. A
 weight that learns on is rounded with a dead zone, which is what that choice comes to on average:
@@ -16,13 +15,13 @@ bits. Where a row has a few levels to choose from, bits do not count.
 Reference:
     Frantar et al., "GPTQ", ICLR 2023, algorithm 1, for the inputs' side, and Tseng et al.,
     "Model-Preserving Adaptive Rounding", 2025, for both; the choice by rate and distortion as in
-    DeepCABAC (see `codec`), here with the static code lengths of the tensor; the M-algorithm of
-    Anderson and Mohan, "Sequential Coding Algorithms", 1984, for the ways that are followed.
+    DeepCABAC (see `codec`), here with the static code lengths of the tensor.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from filterpress.statistics import Moments
 
 DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
 OUTPUT_DAMPING = 0.3  # as for the inputs'; derivatives are drawn, and few images have large ones
-SURVIVORS = 4  # ways through a row that are followed
+TILE = 128  # rows and columns
 BITS_COUNT = 0.4  # of what a bit is worth to the allocator; more leaves too little to retrain
 INSIDE = 0.49  # steps from the middle of an integer's cell to where rounding surely gives it
 DEAD_ZONE = 0.2  # steps by which cells lie farther from zero than their integers
@@ -154,22 +153,36 @@ def _search(weight: Tensor, levels: Tensor, moments: Moments, price: Tensor) -> 
     Returns:
         ``(O, d)`` places in the row of levels.
     """
-    rows = seen_rows(weight, moments).contiguous()
-    table = levels.view(*rows.shape[:2], -1).contiguous()
-    factor = _inverse_factor(moments.inputs, DAMPING).mT.contiguous()
-    across = _inverse_factor(moments.outputs, OUTPUT_DAMPING).contiguous()
+    rows = seen_rows(weight, moments)  # (G, O/G, d)
+    table = levels.view(*rows.shape[:2], -1)
+    along, across = _factor(moments.inputs, DAMPING), _factor(moments.outputs, OUTPUT_DAMPING)
+    errors, entries = torch.zeros_like(rows), torch.zeros_like(rows)
     places = torch.zeros(rows.shape, dtype=torch.long)
-    for group in range(len(rows)):
-        _search_rows(
-            rows[group].numpy(),
-            factor[group].numpy(),
-            across[group].numpy(),
-            table[group].numpy(),
-            price.numpy(),
-            places[group].numpy(),
-            SURVIVORS,
-        )
+    for columns in _tiles(rows.shape[2]):
+        for some in _tiles(rows.shape[1]):
+            above, left = slice(some.start), slice(columns.start)
+            places[:, some, columns], errors[:, some, columns], entries[:, some, columns] = _tile(
+                rows[:, some, columns],
+                errors[:, some, left] @ along.unit[:, left, columns],
+                across.unit[:, above, some].mT @ entries[:, above, columns],
+                along.unit[:, columns, columns].mT,
+                across.unit[:, some, some],
+                along.power[:, columns],
+                across.power[:, some],
+                table[:, some],
+                price,
+            )
     return places.flatten(0, 1)
+
+
+def _tiles(n: int) -> list[slice]:
+    return [slice(start, min(start + TILE, n)) for start in range(0, n, TILE)]
+
+
+def _tile(*args: Tensor) -> list[Tensor]:
+    """Call `_choose` with tensors."""
+    found = _choose(*(np.ascontiguousarray(arg.numpy()) for arg in args))
+    return [torch.from_numpy(array) for array in found]
 
 
 def code_lengths(integers: Tensor) -> Tensor:
@@ -186,109 +199,86 @@ def code_lengths(integers: Tensor) -> Tensor:
     return bits.float()
 
 
-def _inverse_factor(second: Tensor, damping: float) -> Tensor:
-    """Return upper triangular ``U`` with ``U^T U`` the inverse of second moments ``(G, d, d)``."""
+class Factor(NamedTuple):
+    """Second moments ``unit @ diag(power) @ unit.T``."""
+
+    unit: Tensor  # (G, d, d) upper triangular, ones on its diagonal
+    power: Tensor  # (G, d)
+
+
+def _factor(second: Tensor, damping: float) -> Factor:
+    """Factor second moments ``(G, d, d)``."""
     power = second.diagonal(dim1=1, dim2=2)
     ridge = damping * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24
     failed = torch.ones(len(second), dtype=torch.bool)
     while failed.any():
         safe = second + torch.diag_embed(ridge[:, None].expand_as(power))
-        # with rows and columns in reverse order, the factor of the inverse is an inverse
+        # a lower triangular factor, with rows and columns in reverse order, is an upper one
         hopeless = not bool(torch.isfinite(ridge).all())
         lower, info = torch.linalg.cholesky_ex(safe.flip(1, 2), check_errors=hopeless)
         failed = info > 0  # single precision has left directions with less than no power
         ridge = torch.where(failed, 10 * ridge, ridge)
     upper = lower.flip(1, 2)
-    identity = torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
-    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor
+    scale = upper.diagonal(dim1=1, dim2=2)
+    return Factor(upper / scale[:, None], scale.square())
 
 
 @njit(cache=True)
-def _search_rows(
-    rows: NDArray[np.float32],
-    factor: NDArray[np.float32],
+def _choose(
+    weights: NDArray[np.float32],
+    left: NDArray[np.float32],
+    above: NDArray[np.float32],
+    along: NDArray[np.float32],
     across: NDArray[np.float32],
+    column_power: NDArray[np.float32],
+    row_power: NDArray[np.float32],
     levels: NDArray[np.float32],
     price: NDArray[np.float32],
-    places: NDArray[np.int64],
-    n_ways: int,
-) -> None:
-    """Find the levels of least damage and price.
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Choose the levels of least damage and price in one tile of each group.
 
     Args:
-        rows: (R, d) weights; changed.
-        factor: (d, d) of `_inverse_factor`, of the inputs, transposed.
-        across: (R, R) of `_inverse_factor`, of the outputs.
-        levels: (R, K) ascending.
+        weights: (G, R, C).
+        left: (G, R, C) what errors to the left of the tile add to the weights.
+        above: (G, R, C) what those above it add; changed.
+        along: (G, C, C) the tile's part of `Factor.unit` of the inputs, transposed.
+        across: (G, R, R) the same of the outputs, not transposed.
+        column_power: (G, C) `Factor.power` of the inputs.
+        row_power: (G, R) the same of the outputs.
+        levels: (G, R, K) ascending.
         price: (K,).
-        places: (R, d), filled.
-        n_ways: At least 1.
+
+    Returns:
+        All (G, R, C): places of levels, errors, and errors with what those to the left add.
     """
-    n_rows, d = rows.shape
-    for row in range(n_rows):
-        own = across[row, row]
-        _search_row(rows[row], factor, own, levels[row], price, places[row], n_ways)
-        for later in range(row + 1, n_rows):
-            share = across[row, later] / own
-            for i in range(d):
-                rows[later, i] -= share * (rows[row, i] - levels[row, places[row, i]])
+    places = np.zeros(weights.shape, np.int64)
+    errors, entries = np.zeros_like(weights), np.zeros_like(weights)
+    for group, row in np.ndindex(weights.shape[:2]):
+        error, entry, table = errors[group, row], entries[group, row], levels[group, row]
+        zero = np.abs(table).argmin()
+        for i in range(error.size):
+            weight = weights[group, row, i]
+            reached = weight + left[group, row, i] + _dot(error, along[group, i], i)
+            value = reached + above[group, row, i]
+            worth = 0.5 * row_power[group, row] * column_power[group, i]
+            upper = np.searchsorted(table, value)
+            best, least = zero, np.inf
+            for place in (max(upper - 1, 0), min(upper, table.size - 1), zero):
+                cost = worth * (value - table[place]) ** 2 + price[place]
+                if cost < least:
+                    best, least = place, cost
+            places[group, row, i] = best
+            error[i], entry[i] = weight - table[best], reached - table[best]
+        for later in range(row + 1, weights.shape[1]):
+            _add(above[group, later], entry, across[group, row, later])
+    return places, errors, entries
 
 
 @njit(cache=True)
-def _search_row(
-    row: NDArray[np.float32],
-    factor: NDArray[np.float32],
-    own: float,
-    levels: NDArray[np.float32],
-    price: NDArray[np.float32],
-    places: NDArray[np.int64],
-    n_ways: int,
-) -> None:
-    """Find the levels of one row: each way goes on to the levels beside its value, and to zero."""
-    zero = np.abs(levels).argmin()
-    costs, n_alive = np.zeros(n_ways), 1
-    errors = np.zeros((2, n_ways, row.size), np.float32)  # of the ways so far, and of those to come
-    parents, picks = np.zeros((2, row.size, n_ways), np.int64)
-    best = np.zeros((n_ways, 4))  # cost, parent, place and error of the ways to come
-    for i in range(row.size):
-        now, then = errors[i % 2], errors[1 - i % 2]
-        best[:, 0] = np.inf
-        for way in range(n_alive):
-            value = row[i] - _dot(now[way], factor[i], i)
-            above = np.searchsorted(levels, value)
-            below = max(above - 1, 0)
-            above = min(above, levels.size - 1)
-            for k, place in enumerate((below, above, zero)):
-                if (k == 1 and above == below) or (k == 2 and below <= zero <= above):
-                    continue
-                error = (value - levels[place]) / factor[i, i]
-                cost = costs[way] + 0.5 * (error / own) ** 2 + price[place]
-                _insert(best, cost, way, place, error)
-        n_alive = int((best[:, 0] < np.inf).sum())
-        for way in range(n_alive):
-            parent = int(best[way, 1])
-            costs[way], parents[i, way], picks[i, way] = best[way, 0], parent, int(best[way, 2])
-            then[way, :i] = now[parent, :i]
-            then[way, i] = best[way, 3]
-    way = 0
-    for i in range(row.size - 1, -1, -1):
-        places[i] = picks[i, way]
-        way = parents[i, way]
-
-
-@njit(cache=True)
-def _insert(
-    best: NDArray[np.float64], cost: float, parent: float, place: float, error: float
-) -> None:
-    """Put an entry in its place among those sorted by cost; the last one goes."""
-    slot = len(best) - 1
-    if cost >= best[slot, 0]:
-        return
-    while slot > 0 and best[slot - 1, 0] > cost:
-        best[slot] = best[slot - 1]
-        slot -= 1
-    best[slot, 0], best[slot, 1], best[slot, 2], best[slot, 3] = cost, parent, place, error
+def _add(total: NDArray[np.float32], row: NDArray[np.float32], factor: np.float32) -> None:
+    """Add a multiple of a row, in place."""
+    for j in range(row.size):
+        total[j] += factor * row[j]
 
 
 @njit(cache=True, fastmath={"reassoc", "contract"})
