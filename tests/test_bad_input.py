@@ -83,7 +83,7 @@ UNKNOWN = [
     (["reduce", "--config", '{"method": 3}'], ["['project', 'quantize']", "3"]),
     (["prune", "--config", '{"threshold": 1.5}'], ["threshold must be in (0, 1], got 1.5"]),
     (["cluster", "--config", '{"images": 0}'], ["images must be at least 1, got 0"]),
-    (["reduce", "--config", '{"headroom": 1}'], ["headroom must be in [0, 1), got 1"]),
+    (["reduce", "--config", '{"max_shrink": 1}'], ["max_shrink must be 0 or above 1, got 1"]),
     (["reduce", "--config", '{"groups": 1}'], ["max_groups", "'groups'"]),
     (["retrain", "--config", '{"margin": -1}'], ["margin must be in [0, 1), got -1"]),
     (["evaluate", "--max-size", "tiny"], ["max_size must be bytes", "'tiny'"]),

@@ -52,7 +52,7 @@ def widths(seed, n_layers=5):
     return layers, size
 
 
-def fit(layers, size, max_bytes, *, headroom=0.0, avoid=frozenset()):
+def fit(layers, size, max_bytes, *, avoid=frozenset()):
     sizes = []
 
     def counted(network):
@@ -60,7 +60,7 @@ def fit(layers, size, max_bytes, *, headroom=0.0, avoid=frozenset()):
         return sizes[-1]
 
     rates = Rates(layers)
-    found = fit_budget(rates, Widths, counted, max_bytes=max_bytes, headroom=headroom, avoid=avoid)
+    found = fit_budget(rates, Widths, counted, max_bytes=max_bytes, avoid=avoid)
     assert found.n_bytes == size(found.model)
     assert len(sizes) <= ATTEMPTS + 1
     return found
@@ -120,15 +120,8 @@ def test_a_budget_that_does_not_bind_takes_one_attempt():
         built.append(allocation)
         return Widths(allocation)
 
-    fit_budget(Rates(layers), build, size, max_bytes=10**6, headroom=0.0, avoid=frozenset())
+    fit_budget(Rates(layers), build, size, max_bytes=10**6, avoid=frozenset())
     assert len(built) == 1
-
-
-def test_headroom_stays_free_of_whole_widths():
-    layers, size = widths(1)
-    smallest, largest = extremes(layers, size)
-    max_bytes = (smallest + largest) // 2
-    assert fit(layers, size, max_bytes, headroom=0.2).n_bytes <= 0.8 * max_bytes
 
 
 def test_widths_that_failed_are_not_taken_again_whatever_theta_they_come_from():

@@ -28,6 +28,7 @@ class Attempt(NamedTuple):
     """A network that was built and encoded."""
 
     n_bytes: int  # of the file
+    expected: float  # bytes, before it was built
     model: nn.Module
     allocation: Allocation
 
@@ -38,7 +39,6 @@ def fit_budget(
     size: Callable[[nn.Module], int],
     *,
     max_bytes: int,
-    headroom: float,
     avoid: frozenset[str],
 ) -> Attempt:
     """Build networks from allocations until the file of one meets a budget.
@@ -48,17 +48,15 @@ def fit_budget(
         build: Makes the network of an allocation.
         size: Size of the encoded file of a network.
         max_bytes: Largest encoded file.
-        headroom: Share of it left free.
         avoid: Allocations, by `fingerprint`, that have failed before.
 
     Returns:
-        The largest file found within the budget less the headroom; where there is none, the
-        smallest file.
+        The largest file found within the budget; where there is none, the smallest file.
 
     Raises:
         ModelError: Every allocation found is one to avoid.
     """
-    aim = target = max_bytes * (1 - headroom)
+    target, beside = float(max_bytes), 0.0
     best: Attempt | None = None
     tried = []
     for _ in range(ATTEMPTS):
@@ -70,21 +68,23 @@ def fit_budget(
         if (allocation.forms, allocation.scale) in tried:
             break  # nothing else will come
         tried.append((allocation.forms, allocation.scale))
-        new = _attempt(allocation, build, size)
+        new = _attempt(allocation, build, size, spent + beside)
         log.info("theta %.3g: %d bytes of %d", allocation.theta, new.n_bytes, max_bytes)
-        best = _better(best, new, aim)
-        if CLOSE * aim <= new.n_bytes <= aim:
+        log.debug("expected: %.0f bytes", new.expected)
+        best = _better(best, new, max_bytes)
+        if CLOSE * max_bytes <= new.n_bytes <= max_bytes:
             break
-        fixed = new.n_bytes - spent  # what the model of sizes leaves out
-        target = max(aim - fixed, 0.5 * target)
-        if new.n_bytes > aim:
+        beside = new.n_bytes - spent  # what the model of sizes leaves out
+        target = max(max_bytes - beside, 0.5 * target)
+        if new.n_bytes > max_bytes:
             target = min(target, (1 - 1e-6) * spent)  # of whole widths, much may be left unspent
     if best is None:
         raise ModelError("every allocation for this budget has failed before: change max_size")
     least = rates.allocate(LARGEST_THETA)
     unseen = (least.forms, least.scale) not in tried and fingerprint(least) not in avoid
     if best.n_bytes > max_bytes and unseen:
-        best = _better(best, _attempt(least, build, size), aim)
+        expected = least.total_bytes + beside
+        best = _better(best, _attempt(least, build, size, expected), max_bytes)
     return best
 
 
@@ -114,16 +114,17 @@ def _attempt(
     allocation: Allocation,
     build: Callable[[Allocation], nn.Module],
     size: Callable[[nn.Module], int],
+    expected: float,
 ) -> Attempt:
     model = build(allocation)
-    return Attempt(size(model), model, allocation)
+    return Attempt(size(model), expected, model, allocation)
 
 
-def _better(best: Attempt | None, new: Attempt, aim: float) -> Attempt:
-    """Prefer the largest file within the aim, else the smallest one."""
+def _better(best: Attempt | None, new: Attempt, max_bytes: int) -> Attempt:
+    """Prefer the largest file within the budget, else the smallest one."""
     if best is None:
         return new
-    fits = [attempt for attempt in (best, new) if attempt.n_bytes <= aim]
+    fits = [attempt for attempt in (best, new) if attempt.n_bytes <= max_bytes]
     return max(fits, key=_bytes) if fits else min(best, new, key=_bytes)
 
 

@@ -105,12 +105,6 @@ def test_a_budget_is_met_and_used(share):
     assert 0.85 * budget < size(made.model) <= budget
 
 
-def test_headroom_stays_free():
-    network = networks.make("concatenating")
-    budget = round(0.7 * size(network))
-    assert size(run(network, budget, headroom=0.2).model) <= 0.8 * budget
-
-
 def test_more_bytes_give_a_closer_network():
     with torch.no_grad():
         errors = [
@@ -217,8 +211,6 @@ def test_a_layer_that_stays_cannot_be_projected():
     [
         ("images", 0),
         ("max_groups", 0),
-        ("headroom", 1.0),
-        ("headroom", -0.1),
         ("max_shrink", 0.5),
         ("max_shrink", 1.0),
     ],

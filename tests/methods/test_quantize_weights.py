@@ -230,12 +230,6 @@ def test_layers_that_matter_more_get_more_bits():
     assert len(set(bits)) > 1
 
 
-def test_headroom_stays_free():
-    network = trained("concatenating")
-    budget = round(0.8 * size(network))
-    assert size(run(network, budget, headroom=0.2).model) <= 0.8 * budget
-
-
 def test_a_budget_that_cannot_be_met_gives_the_narrowest_widths():
     made = run(trained(), 10)
     assert {entry["bits"] for entry in made.layers.values()} == {1.0}
@@ -278,7 +272,6 @@ def test_a_given_width_does_not_look_at_the_budget():
         ({"per": "row"}, "per must be one of"),
         ({"fit": "nothing"}, "fit must be one of"),
         ({"rounding": "up"}, "rounding must be one of"),
-        ({"headroom": 1.0}, r"headroom must be in \[0, 1\)"),
         ({"grid": "asymmetric", "bits": 1}, "bits must be 2 or more for an asymmetric grid"),
         ({"grid": "codebook"}, "per must be tensor for a codebook, got channel"),
         (

@@ -73,14 +73,12 @@ class ProjectionConfig:
     Attributes:
         images: Calibration images; fewer where they are large.
         max_groups: Largest number of groups of filters with a projection of their own.
-        headroom: Share of the budget left free, since retraining changes the size a little.
         max_shrink: Largest factor by which one pass may shrink the file; statistics are local, and
             a long way is better gone in several passes. 0 sets no limit.
     """
 
     images: int = 1024
     max_groups: int = 4
-    headroom: float = 0.02
     max_shrink: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,8 +86,6 @@ class ProjectionConfig:
             raise ValueError(f"images must be at least 1, got {self.images}")
         if self.max_groups < 1:
             raise ValueError(f"max_groups must be at least 1, got {self.max_groups}")
-        if not 0 <= self.headroom < 1:
-            raise ValueError(f"headroom must be in [0, 1), got {self.headroom}")
         if self.max_shrink != 0 and not 1 < self.max_shrink < math.inf:
             raise ValueError(f"max_shrink must be 0 or above 1, got {self.max_shrink}")
 
@@ -135,7 +131,6 @@ def project_channels(
         lambda allocation: apply(source, allocation),
         size,
         max_bytes=max_bytes,
-        headroom=config.headroom,
         avoid=avoid,
     )
     return _outcome(best.model, best.allocation)

@@ -65,8 +65,6 @@ class QuantizationConfig:
         fit: range (levels span the weights), weights or outputs (levels of least error of these).
         rounding: nearest, compensated (errors are fed back to later weights), or learned (up or
             down, all weights at once; slow for wide layers).
-        headroom: Share of the budget left free where widths are chosen, since retraining changes
-            the size a little.
     """
 
     images: int = 1024
@@ -75,7 +73,6 @@ class QuantizationConfig:
     per: str = "channel"
     fit: str = "outputs"
     rounding: str = "compensated"
-    headroom: float = 0.02
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -91,8 +88,6 @@ class QuantizationConfig:
             raise ValueError(f"per must be tensor for a codebook, got {self.per}")
         if self.grid == "codebook" and self.fit == "range":
             raise ValueError("fit must be weights or outputs for a codebook, got range")
-        if not 0 <= self.headroom < 1:
-            raise ValueError(f"headroom must be in [0, 1), got {self.headroom}")
 
     @property
     def widths(self) -> range:
@@ -169,7 +164,7 @@ def quantize_weights(
         allocation = rates.allocate(1.0)
         return _outcome(build(allocation), allocation, used)
     best = fit_budget(
-        rates, build, size, max_bytes=max_bytes, headroom=config.headroom, avoid=avoid
+        rates, build, size, max_bytes=max_bytes, avoid=avoid
     )
     return _outcome(best.model, best.allocation, used)
 
