@@ -6,6 +6,7 @@ ENGINE ?= docker
 IMAGE ?= filterpress-python:0.1.0
 BIN := .venv/bin
 STAMP := .venv/installed
+BENCH := .venv/installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install test lint format bench image clean
@@ -31,7 +32,7 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## reproduce the results of README.md; DATA=folder of Fashion-MNIST
+bench: $(BENCH) ## reproduce the results of README.md, in hours; DATA=folder of Fashion-MNIST
 	$(BIN)/python benchmarks/networks.py --data-dir $(DATA) $(ARGS)
 	$(BIN)/python benchmarks/stages.py torchvision:resnet18 torchvision:resnet50
 
@@ -50,4 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	@touch $@
+
+$(BENCH): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	@touch $@

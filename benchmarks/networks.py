@@ -1,10 +1,17 @@
-"""Compress networks on real images, and print the table of README.md.
+"""Measure how accurate networks stay the smaller they get, and draw it.
 
-    python benchmarks/networks.py --data-dir DIR [--out runs/bench]
+    python benchmarks/networks.py --data-dir DIR [--only resnet-18 ...] [--sizes 500x ...]
 
-Each row is one call of ``filterpress compress``, training included, timed as a whole process. Rows
-that are in ``benchmarks/results/networks.json`` already are not run again; remove one to repeat it.
-The committed ones are of ``OMP_NUM_THREADS=1``: another number of threads trains another network.
+A network is trained once, by ``filterpress train``. Each point of its curves is one call of
+``filterpress compress`` with the trained weights and a largest size, timed as a whole process:
+``post-training`` must not retrain, ``retrained`` may once. The floor is the accuracy of the trained
+network, so that hardly any point does without its retrain.
+
+Results go to ``benchmarks/results/networks``, one file a network, after every point; points that
+are there are not run again. Then ``docs/curves.svg`` is drawn and the table of README.md printed,
+which ``--draw`` does alone: of each network the smallest file that loses at most half a point of
+accuracy on the validation set. The committed results are of ``OMP_NUM_THREADS=1``: another number
+of threads trains another network.
 """
 
 from __future__ import annotations
@@ -15,70 +22,200 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results" / "networks.json"
-RUNS = {
-    "ResNet-18": [
-        *("--model", "torchvision:resnet18", "--data", "fashion-mnist"),
-        *("--train-config", '{"epochs": 4, "lr": 0.05}'),
-        *("--retrain-config", '{"epochs": 5, "margin": 0.5}'),  # no early stop
-        *("--max-size", "500x", "--min-accuracy", "-0.4pp"),
-    ],
-    "ResNet-20": [
-        *("--model", "resnet20", "--data", "fashion-mnist"),
-        *("--train-config", '{"epochs": 3}'),
-        *("--retrain-config", '{"epochs": 4, "margin": 0.5}'),
-        *("--max-size", "30x", "--min-accuracy", "-0.4pp"),
-    ],
-    "MobileNetV2": [
-        *("--model", "torchvision:mobilenet_v2", "--data", "fashion-mnist"),
-        *("--train-config", '{"epochs": 4, "lr": 0.05}'),
-        *("--retrain-config", '{"epochs": 2, "margin": 0.5}'),
-        *("--max-size", "30x", "--min-accuracy", "-0.4pp"),
-    ],
+from curves import draw
+
+from filterpress import files
+from filterpress.terminal import NOT_MET
+
+RESULTS = Path(__file__).parent / "results" / "networks"
+DRAWING = Path(__file__).parents[1] / "docs" / "curves.svg"
+RETRAINS = {"post-training": 0, "retrained": 1}  # at most, by series
+LOSS = 0.005  # of validation accuracy that a row of the table may have
+KEPT = (
+    *("retrains", "decision", "n_bytes", "ratio", "accuracy", "validation_accuracy"),
+    *("n_parameters", "macs", "sha256"),
+)
+Json = dict[str, Any]
+
+
+class Network(NamedTuple):
+    """A network on Fashion-MNIST, how it is trained, and the sizes of its points."""
+
+    title: str
+    model: str
+    train: str
+    retrain: str
+    sizes: str
+    retrained_sizes: str = ""  # where they are fewer
+    image_size: int = 0
+
+    def points(self) -> list[tuple[str, str]]:
+        """List series and size of each point."""
+        sizes = {"post-training": self.sizes, "retrained": self.retrained_sizes or self.sizes}
+        return [(series, size) for series in RETRAINS for size in sizes[series].split()]
+
+
+NETWORKS = {
+    "resnet-18": Network(
+        title="ResNet-18",
+        model="torchvision:resnet18",
+        train='{"epochs": 4, "lr": 0.05}',
+        retrain='{"epochs": 4, "margin": 0.5}',  # no early stop
+        sizes="100x 200x 350x 500x 600x 800x",
+    ),
+    "resnet-18-64": Network(
+        title="ResNet-18, 64 pixels",
+        model="torchvision:resnet18",
+        train='{"epochs": 3, "lr": 0.05}',
+        retrain='{"epochs": 1, "margin": 0.5}',
+        sizes="120x 200x 300x 400x 500x 600x",
+        retrained_sizes="300x 400x 500x",
+        image_size=64,
+    ),
+    "resnet-20": Network(
+        title="ResNet-20",
+        model="resnet20",
+        train='{"epochs": 3}',
+        retrain='{"epochs": 4, "margin": 0.5}',
+        sizes="8x 12x 20x 30x 40x 50x",
+    ),
+    "mobilenet-v2": Network(
+        title="MobileNetV2",
+        model="torchvision:mobilenet_v2",
+        train='{"epochs": 4, "lr": 0.05}',
+        retrain='{"epochs": 2, "margin": 0.5}',
+        sizes="10x 20x 30x 40x 50x 60x",
+    ),
 }
-KEPT = ("n_bytes", "baseline_bytes", "ratio", "accuracy", "baseline_accuracy")
-KEPT += ("validation_accuracy", "n_parameters", "macs", "round", "retrains", "sha256")
 
 
-def run(name: str, data_dir: str, out: Path) -> dict[str, object]:
-    """Run one row; `subprocess.CalledProcessError` if it does not meet its thresholds."""
-    folder = out / name.lower()
-    command = [sys.executable, "-m", "filterpress", "compress", *RUNS[name], "--json"]
-    command += ["--data-dir", data_dir, "--out", str(folder), "--seed", "0"]
-    started = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    report = json.loads(done.stdout)
-    return {key: report[key] for key in KEPT} | {"seconds": round(time.perf_counter() - started)}
+class Runs(NamedTuple):
+    """The runs of one network."""
+
+    network: Network
+    out: Path
+    data_dir: str
+
+    def baseline(self) -> Json:
+        """Train the network, unless that is done; say what came of it and how long it took."""
+        folder, seconds = self.out / "train", None
+        if not folder.exists():
+            seconds = self._run("train", folder, "--config", self.network.train)
+        package: Json = json.loads((folder / "model.json").read_text())
+        digest = package["weights_sha256"]
+        return {**package["baseline"], "weights_sha256": digest, "seconds": seconds}
+
+    def point(self, series: str, size: str) -> Json:
+        """Compress the trained network; a file that misses the floor is a point all the same.
+
+        Its ``seconds`` are None if an earlier call did part of it.
+        """
+        retrains = RETRAINS[series]
+        folder = self.out / (size if retrains else f"{size}-unretrained")
+        new, seconds = not folder.exists(), None
+        if not (folder / "report.json").exists():
+            seconds = self._run(
+                *("compress", folder, "--weights", str(self.out / "train" / "weights.safetensors")),
+                *("--max-size", size, "--min-accuracy", "-0pp"),
+                *("--max-rounds", "1", "--max-retrains", str(retrains)),
+                *("--retrain-config", self.network.retrain),
+            )
+        report = json.loads((folder / "report.json").read_text())
+        asked = {"series": series, "max_size": size}
+        return asked | {k: report[k] for k in KEPT} | {"seconds": seconds if new else None}
+
+    def _run(self, command: str, out: Path, *own: str) -> int:
+        """Run a command of filterpress and return its seconds."""
+        called = [sys.executable, "-m", "filterpress", command, "--out", str(out), *own]
+        called += ["--model", self.network.model, "--image-size", str(self.network.image_size)]
+        called += ["--data", "fashion-mnist", "--data-dir", self.data_dir, "--seed", "0", "--json"]
+        started = time.perf_counter()
+        done = subprocess.run(called, check=False, stdout=subprocess.DEVNULL)
+        if done.returncode not in (0, NOT_MET):
+            raise subprocess.CalledProcessError(done.returncode, called)
+        return round(time.perf_counter() - started)
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Lay the results out as the rows of README.md."""
-    rows = []
-    for name, r in results.items():
-        drop = 100 * (r["accuracy"] - r["baseline_accuracy"])
-        rows.append(
-            f"| {name} | {r['baseline_bytes']:,} | {r['n_bytes']:,} | {r['ratio']:.0f}x "
-            f"| {100 * r['baseline_accuracy']:.2f} % | {100 * r['accuracy']:.2f} % ({drop:+.2f}) "
-            f"| {r['macs'] / 1e6:.1f} M | {r['seconds'] / 60:.0f} min |"
-        )
-    return "\n".join(rows)
+def load(name: str) -> Json:
+    """Read what is known of a network; nothing, if it was never run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {"baseline": {}, "points": []}
+
+
+def save(name: str, result: Json) -> None:
+    """Write what is known of a network."""
+    files.write(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def complete(name: str, runs: Runs, wanted: list[tuple[str, str]]) -> None:
+    """Add the points that are missing to a network's results.
+
+    Raises:
+        ValueError: The results are of other trained weights.
+    """
+    result = load(name)
+    there = {(point["series"], point["max_size"]) for point in result["points"]}
+    missing = [key for key in runs.network.points() if key in wanted and key not in there]
+    if not missing:
+        return
+    before, now = result["baseline"], runs.baseline()
+    if before and before["weights_sha256"] != now["weights_sha256"]:
+        raise ValueError(f"{name}.json must be of the weights in {runs.out}: remove one of them")
+    result["baseline"] = now | {"seconds": now["seconds"] or before.get("seconds")}
+    save(name, result)
+    for key in missing:
+        result["points"].append(runs.point(*key))
+        result["points"].sort(key=lambda point: (point["series"], point["ratio"]))
+        save(name, result)
+
+
+def smallest(result: Json) -> Json | None:
+    """Choose the smallest file that keeps the validation accuracy."""
+    floor = result["baseline"]["validation_accuracy"] - LOSS - 1e-9
+    kept = [point for point in result["points"] if point["validation_accuracy"] >= floor]
+    return min(kept, key=lambda point: int(point["n_bytes"]), default=None)
+
+
+def row(title: str, before: Json, after: Json) -> str:
+    """Lay a network out as a row of README.md; an unknown time of training is left out."""
+    accuracies = before["accuracy"], after["accuracy"]
+    drop = 100 * (accuracies[1] - accuracies[0])
+    seconds = after["seconds"]
+    took = "" if seconds is None else f"{(seconds + (before['seconds'] or 0)) / 60:.0f} min"
+    return (
+        f"| {title} | {before['n_bytes']:,} | {after['n_bytes']:,} | {after['ratio']:.0f}x "
+        f"| {100 * accuracies[0]:.2f} % | {100 * accuracies[1]:.2f} % ({drop:+.2f}) "
+        f"| {after['macs'] / 1e6:.1f} M | {after['retrains']} | {took} |"
+    )
+
+
+def table(results: dict[str, Json]) -> str:
+    """Lay the results out as the rows of README.md, without networks that no file keeps."""
+    chosen = {title: smallest(result) for title, result in results.items()}
+    return "\n".join(row(t, results[t]["baseline"], point) for t, point in chosen.items() if point)
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run what is missing, draw the curves and print the table."""
+    sizes = {size for network in NETWORKS.values() for _, size in network.points()}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", required=True, help="folder of Fashion-MNIST")
+    parser.add_argument("--data-dir", default="", help="folder of Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="rows to run")
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--series", nargs="+", choices=RETRAINS, default=list(RETRAINS))
+    parser.add_argument("--sizes", nargs="+", choices=sorted(sizes), default=sizes)
+    parser.add_argument("--draw", action="store_true", help="run nothing")
     given = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in given.only:
-        if name not in results:
-            results[name] = run(name, given.data_dir, given.out)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    wanted = [(series, size) for series in given.series for size in given.sizes]
+    for name in () if given.draw else given.only:
+        complete(name, Runs(NETWORKS[name], given.out / name, given.data_dir), wanted)
+    known = {network.title: load(name) for name, network in NETWORKS.items()}
+    results = {title: result for title, result in known.items() if result["points"]}
+    if results:
+        files.write(DRAWING, draw(results))
+        print(table(results))
 
 
 if __name__ == "__main__":
