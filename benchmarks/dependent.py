@@ -34,7 +34,6 @@ Reference:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -44,6 +43,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from comparison import arguments, task_of
 from numpy.typing import NDArray
 from torch import Tensor
 from trellis import EIGHT, FOUR, ONE_GRID, Integers, Trellis, search_rows, states_of
@@ -54,7 +54,7 @@ from filterpress.codec import estimate_bits
 from filterpress.rounding import DAMPING, _factor, round_compensated, seen_rows
 from filterpress.statistics import Moments
 from filterpress.surgery import layers
-from filterpress.tasks import calibration, load_task
+from filterpress.tasks import calibration
 
 RESULTS = Path(__file__).parent / "results" / "dependent.json"
 IMAGES = 1024
@@ -315,12 +315,10 @@ def point(roundings: list[Rounding], n_weights: int) -> Row:
 
 def main() -> None:
     """Round in each way and print what dependent quantisation saves."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("package", type=Path, help="folder of a trained network")
-    parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--data-dir", default="")
     given = parser.parse_args()
-    task = load_task(given.data, given.data_dir, 0, "")
+    task = task_of(given)
     images, others = (calibration(task, IMAGES, seed) for seed in (0, 1))
     network = statistics.plain_for(package.load(given.package).network, images)
     moments, elsewhere = (
