@@ -2,10 +2,11 @@
 
     python benchmarks/networks.py --data-dir DIR [--only resnet-18 ...] [--sizes 500x ...]
 
-A network is trained once, by ``filterpress train``. Each point of its curves is one call of
-``filterpress compress`` with the trained weights and a largest size, timed as a whole process:
-``post-training`` must not retrain, ``retrained`` may once. The floor is the accuracy of the trained
-network, so that hardly any point does without its retrain.
+A network is trained once, by ``filterpress train``. Each size is one call of ``filterpress
+compress`` with the trained weights, timed as a whole process, and makes one or two points:
+``post-training`` is the file as it is evaluated first, ``retrained`` the one after a retrain, where
+the network's settings ask for one. The floor is the accuracy of the trained network, so that hardly
+any goes without.
 
 Results go to ``benchmarks/results/networks``, one file a network, after every point; points that
 are there are not run again. Then ``docs/curves.svg`` is drawn and the table of README.md printed,
@@ -21,6 +22,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,6 @@ from filterpress.terminal import NOT_MET
 
 RESULTS = Path(__file__).parent / "results" / "networks"
 DRAWING = Path(__file__).parents[1] / "docs" / "curves.svg"
-RETRAINS = {"post-training": 0, "retrained": 1}  # at most, by series
 LOSS = 0.005  # of validation accuracy that a row of the table may have
 KEPT = (
     *("retrains", "decision", "n_bytes", "ratio", "accuracy", "validation_accuracy"),
@@ -47,14 +48,14 @@ class Network(NamedTuple):
     model: str
     train: str
     retrain: str
-    sizes: str
-    retrained_sizes: str = ""  # where they are fewer
+    as_they_are: tuple[str, ...]  # sizes
+    retrained: tuple[str, ...]  # sizes
     image_size: int = 0
 
-    def points(self) -> list[tuple[str, str]]:
-        """List series and size of each point."""
-        sizes = {"post-training": self.sizes, "retrained": self.retrained_sizes or self.sizes}
-        return [(series, size) for series in RETRAINS for size in sizes[series].split()]
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """All sizes of the network."""
+        return self.as_they_are + self.retrained
 
 
 NETWORKS = {
@@ -63,15 +64,16 @@ NETWORKS = {
         model="torchvision:resnet18",
         train='{"epochs": 4, "lr": 0.05}',
         retrain='{"epochs": 4, "margin": 0.5}',  # no early stop
-        sizes="100x 200x 350x 500x 600x 800x",
+        as_they_are=("100x", "200x"),
+        retrained=("350x", "500x", "600x", "800x"),
     ),
     "resnet-18-64": Network(
         title="ResNet-18, 64 pixels",
         model="torchvision:resnet18",
         train='{"epochs": 3, "lr": 0.05}',
         retrain='{"epochs": 1, "margin": 0.5}',
-        sizes="120x 200x 300x 400x 500x 600x",
-        retrained_sizes="300x 400x 500x",
+        as_they_are=("120x", "200x", "300x", "500x"),
+        retrained=("400x", "600x"),
         image_size=64,
     ),
     "resnet-20": Network(
@@ -79,14 +81,16 @@ NETWORKS = {
         model="resnet20",
         train='{"epochs": 3}',
         retrain='{"epochs": 4, "margin": 0.5}',
-        sizes="8x 12x 20x 30x 40x 50x",
+        as_they_are=("8x", "12x"),
+        retrained=("20x", "30x", "40x", "50x"),
     ),
     "mobilenet-v2": Network(
         title="MobileNetV2",
         model="torchvision:mobilenet_v2",
         train='{"epochs": 4, "lr": 0.05}',
         retrain='{"epochs": 2, "margin": 0.5}',
-        sizes="10x 20x 30x 40x 50x 60x",
+        as_they_are=("10x", "20x"),
+        retrained=("30x", "40x", "50x", "60x"),
     ),
 }
 
@@ -107,24 +111,30 @@ class Runs(NamedTuple):
         digest = package["weights_sha256"]
         return {**package["baseline"], "weights_sha256": digest, "seconds": seconds}
 
-    def point(self, series: str, size: str) -> Json:
+    def points(self, size: str) -> list[Json]:
         """Compress the trained network; a file that misses the floor is a point all the same.
 
-        Its ``seconds`` are None if an earlier call did part of it.
+        Their ``seconds``, of the whole run, are None if an earlier call did part of it.
         """
-        retrains = RETRAINS[series]
-        folder = self.out / (size if retrains else f"{size}-unretrained")
+        folder = self.out / size
         new, seconds = not folder.exists(), None
         if not (folder / "report.json").exists():
             seconds = self._run(
                 *("compress", folder, "--weights", str(self.out / "train" / "weights.safetensors")),
-                *("--max-size", size, "--min-accuracy", "-0pp"),
-                *("--max-rounds", "1", "--max-retrains", str(retrains)),
+                *("--max-size", size, "--min-accuracy", "-0pp", "--max-rounds", "1"),
+                *("--max-retrains", str(int(size in self.network.retrained))),
                 *("--retrain-config", self.network.retrain),
             )
-        report = json.loads((folder / "report.json").read_text())
-        asked = {"series": series, "max_size": size}
-        return asked | {k: report[k] for k in KEPT} | {"seconds": seconds if new else None}
+        first, last = folder / "round-1" / "evaluate", folder
+        reports = [json.loads((stage / "report.json").read_text()) for stage in (first, last)]
+        made = {
+            "retrained" if report["retrains"] else "post-training": report for report in reports
+        }
+        asked = {"max_size": size, "seconds": seconds if new else None}
+        return [
+            {"series": series, **asked, **{key: report[key] for key in KEPT}}
+            for series, report in made.items()
+        ]
 
     def _run(self, command: str, out: Path, *own: str) -> int:
         """Run a command of filterpress and return its seconds."""
@@ -149,15 +159,15 @@ def save(name: str, result: Json) -> None:
     files.write(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
-def complete(name: str, runs: Runs, wanted: list[tuple[str, str]]) -> None:
-    """Add the points that are missing to a network's results.
+def complete(name: str, runs: Runs, wanted: Sequence[str]) -> None:
+    """Add the sizes that are missing to a network's results.
 
     Raises:
         ValueError: The results are of other trained weights.
     """
     result = load(name)
-    there = {(point["series"], point["max_size"]) for point in result["points"]}
-    missing = [key for key in runs.network.points() if key in wanted and key not in there]
+    there = {point["max_size"] for point in result["points"]}
+    missing = [size for size in runs.network.sizes if size in wanted and size not in there]
     if not missing:
         return
     before, now = result["baseline"], runs.baseline()
@@ -165,8 +175,8 @@ def complete(name: str, runs: Runs, wanted: list[tuple[str, str]]) -> None:
         raise ValueError(f"{name}.json must be of the weights in {runs.out}: remove one of them")
     result["baseline"] = now | {"seconds": now["seconds"] or before.get("seconds")}
     save(name, result)
-    for key in missing:
-        result["points"].append(runs.point(*key))
+    for size in missing:
+        result["points"] += runs.points(size)
         result["points"].sort(key=lambda point: (point["series"], point["ratio"]))
         save(name, result)
 
@@ -199,18 +209,16 @@ def table(results: dict[str, Json]) -> str:
 
 def main() -> None:
     """Run what is missing, draw the curves and print the table."""
-    sizes = {size for network in NETWORKS.values() for _, size in network.points()}
+    sizes = sorted({size for network in NETWORKS.values() for size in network.sizes})
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", default="", help="folder of Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--series", nargs="+", choices=RETRAINS, default=list(RETRAINS))
-    parser.add_argument("--sizes", nargs="+", choices=sorted(sizes), default=sizes)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--draw", action="store_true", help="run nothing")
     given = parser.parse_args()
-    wanted = [(series, size) for series in given.series for size in given.sizes]
     for name in () if given.draw else given.only:
-        complete(name, Runs(NETWORKS[name], given.out / name, given.data_dir), wanted)
+        complete(name, Runs(NETWORKS[name], given.out / name, given.data_dir), given.sizes)
     known = {network.title: load(name) for name, network in NETWORKS.items()}
     results = {title: result for title, result in known.items() if result["points"]}
     if results:
