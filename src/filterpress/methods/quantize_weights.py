@@ -163,9 +163,7 @@ def quantize_weights(
     if config.bits:
         allocation = rates.allocate(1.0)
         return _outcome(build(allocation), allocation, used)
-    best = fit_budget(
-        rates, build, size, max_bytes=max_bytes, avoid=avoid
-    )
+    best = fit_budget(rates, build, size, max_bytes=max_bytes, avoid=avoid)
     return _outcome(best.model, best.allocation, used)
 
 
