@@ -53,11 +53,15 @@ _ONES, _COUNT = range(2)
 def compiled(function: _Function) -> _Function:
     """Compile with numba, once per machine, and keep the type that the source declares.
 
+    References to arrays are not counted (``_nrt``), which would take more than half of the time:
+    what is compiled makes no arrays, and returns none but those that its caller holds.
+
     numba's cache knows the file of a function, not the files of what it calls and reads: delete
     ``__pycache__`` after an edit here, in `contexts` or in `integers`, or `binarisation` goes on
     with the code of before.
     """
-    return cast(_Function, njit(cache=True)(function))
+    options: dict[str, Any] = {"cache": True, "_nrt": False}  # numba's types lack the latter
+    return cast(_Function, njit(**options)(function))
 
 
 def inlined(function: _Function) -> _Function:

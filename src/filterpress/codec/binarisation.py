@@ -99,9 +99,8 @@ def _encode_matrix(weights: Matrix, exponents: NDArray[np.int32]) -> bytes:
         steps = as_matrix(exponents - np.int32(mean))
         weights.column_sums[:] = 0
         weights.channel_sums[:] = 0
-        coder, _, _ = _code_tensor(
-            coder, fresh_contexts(), steps, mean - MIN_EXPONENT, weights, summary
-        )
+        fresh = fresh_contexts(), fresh_contexts()
+        coder, _, _ = _code_tensor(coder, fresh, steps, mean - MIN_EXPONENT, weights, summary)
         data, capacity = arithmetic.finish(coder)
         if len(data) == capacity:
             return data
@@ -126,7 +125,8 @@ def decode_tensor(
     integers = np.zeros(shape, np.int32)
     weights, steps = as_matrix(integers), as_matrix(np.zeros(n_exponents, np.int32))
     coder = arithmetic.new_decoder(data)
-    coder, mean, summary = _code_tensor(coder, fresh_contexts(), steps, 0, weights, NOTHING)
+    fresh = fresh_contexts(), fresh_contexts()
+    coder, mean, summary = _code_tensor(coder, fresh, steps, 0, weights, NOTHING)
     if summary.level < 0 or not arithmetic.ends_well(coder):
         raise BitstreamError(f"the coded data of a tensor of shape {shape} is damaged")
     exponents = steps.values[0, :n_exponents] + np.int32(mean + MIN_EXPONENT)
@@ -195,7 +195,7 @@ def _mean_exponent(exponents: NDArray[np.int32]) -> int:
 @compiled
 def _code_tensor(
     coder: Coder,
-    fresh: NDArray[np.int32],
+    fresh: tuple[NDArray[np.int32], NDArray[np.int32]],
     steps: Matrix,
     mean: int,
     weights: Matrix,
@@ -205,7 +205,7 @@ def _code_tensor(
 
     Args:
         coder: The direction.
-        fresh: The contexts to begin with.
+        fresh: The contexts to begin with, of the steps and of the integers.
         steps: The exponents of the steps as one row, less their mean.
         mean: Of the exponents, less the least possible one.
         weights: The integers.
@@ -218,7 +218,7 @@ def _code_tensor(
     good = True
     coder, mean = code_even_bits(coder, _EXPONENT_BITS, mean)
     if steps.values.size > 1:
-        coder, good = _code_matrix(coder, fresh.copy(), steps, _OF_STEPS)
+        coder, good = _code_matrix(coder, fresh[0], steps, _OF_STEPS)
     coder, largest = code_even_bits(coder, _LARGEST_BITS, largest)
     if not good or not largest:
         weights.zero_rows[:] = 1
@@ -231,7 +231,7 @@ def _code_tensor(
         coder, column = _code_trust(coder, summary.column_trust)
         if weights.taps > 1:
             coder, channel = _code_trust(coder, summary.channel_trust)
-    contexts = fresh.copy()
+    contexts = fresh[1]
     coder, good = _code_zeros(coder, contexts, ZERO_ROW, weights.zero_rows, 1)
     if good:
         coder, good = _code_zeros(coder, contexts, ZERO_COLUMN, weights.zero_columns, weights.taps)
@@ -258,7 +258,8 @@ def _code_zeros(
     Returns:
         Whether this is how an encoder says it: some are zero, or none is said to be, and not all.
     """
-    coder, some = code_bit(coder, contexts, base, zeros.max())
+    some = 1 if _count_used(zeros, 0, zeros.size) < zeros.size else 0
+    coder, some = code_bit(coder, contexts, base, some)
     if not some:
         return coder, True
     for i in range(zeros.size):
@@ -268,7 +269,7 @@ def _code_zeros(
         coder, zeros[i] = code_bit(coder, contexts, context, zeros[i])
         if past_end(coder):
             return coder, False
-    return coder, bool(zeros.min() != zeros.max())
+    return coder, 0 < _count_used(zeros, 0, zeros.size) < zeros.size
 
 
 @compiled

@@ -84,9 +84,13 @@ def level_of(magnitude: int) -> int:
     return int(_LEVEL_OF[magnitude >> 16]) + 64
 
 
-@cache
 def fresh_contexts() -> NDArray[np.int32]:
-    """Return the contexts that every tensor starts with."""
+    """Return contexts as they are before anything is coded."""
+    return _first_contexts().copy()
+
+
+@cache
+def _first_contexts() -> NDArray[np.int32]:
     half = 1 << (PROBABILITY_BITS - 1)
     ones, counts = np.full(_N_CONTEXTS, half, np.int64), np.zeros(_N_CONTEXTS, np.int64)
     counts[:SIGN] = _PRIOR_COUNT
