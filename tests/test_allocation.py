@@ -21,6 +21,7 @@ from filterpress.allocation import (
     unit_steps,
 )
 from filterpress.fitting import meet
+from filterpress.grids import Levels
 from filterpress.statistics import Moments, measure
 from filterpress.surgery import layers
 from tests import networks
@@ -141,7 +142,9 @@ def test_options_of_fixed_bytes_compete_with_blocks():
     alone = Rates({"layer": [whole]}).allocate(1e-3)
     cost = alone.damage + SLOPE * 1e-3 * n_bytes_of(alone)
     for share in (0.99, 1.01):
-        fixed = Option(0, None, (), 0.5 * cost, n_bytes=0.5 * share * cost / (SLOPE * 1e-3), bits=3)
+        n_bytes = 0.5 * share * cost / (SLOPE * 1e-3)
+        levels = Levels("codebook", 3, torch.arange(8.0))
+        fixed = Option(0, None, (), 0.5 * cost, n_bytes=n_bytes, levels=levels)
         found = Rates({"layer": [whole, fixed]}).allocate(1e-3)
         assert found.chosen["layer"].bits == (3 if share < 1 else 0)
         if share < 1:

@@ -5,11 +5,13 @@ import math
 import random
 
 import pytest
+import torch
 from torch import nn
 
 from filterpress.allocation import Option, Rates
 from filterpress.errors import ModelError
 from filterpress.fitting import ATTEMPTS, fingerprint, fit_budget, meet
+from filterpress.grids import Levels
 
 
 @pytest.mark.parametrize("target", [3.0, 117.0, 10_000.0])
@@ -33,6 +35,11 @@ class Widths(nn.Module):
         self.bits = tuple(option.bits for option in allocation.chosen.values())
 
 
+def of(bits):
+    """Make levels of a width; what they are matters to nobody here."""
+    return Levels("symmetric", bits, torch.zeros(0))
+
+
 def widths(seed, n_layers=5):
     """Draw layers that can take one to eight bits, and what the file has besides."""
     draw = random.Random(seed)
@@ -40,7 +47,7 @@ def widths(seed, n_layers=5):
     for number in range(n_layers):
         n_weights, worth = draw.uniform(50, 2000), draw.uniform(0.1, 10)
         layers[str(number)] = [
-            Option(0, None, (), worth * 4.0**-bits, n_bytes=n_weights * bits / 8, bits=bits)
+            Option(0, None, (), worth * 4.0**-bits, n_bytes=n_weights * bits / 8, levels=of(bits))
             for bits in range(1, 9)
         ]
     overhead, error = draw.uniform(0, 1500), [draw.uniform(0.9, 1.2) for _ in layers]

@@ -1,10 +1,10 @@
 r"""One allocator: what form each layer takes and how finely it is quantised, for a number of bytes.
 
-Every layer offers options: stay as it is, or become a projection of rank ``r`` in ``G`` groups of
-filters. Each option has a damage of its own and, once its weights are rounded to steps, a damage
-and a number of bytes that both follow from the steps. The steps follow from one number for the
-whole network, ``theta``: rounding to the nearest multiple of :math:`\Delta_o` costs
-:math:`\theta / 12` a weight when
+Every layer offers options: stay as it is, become a projection of rank ``r`` in ``G`` groups of
+filters, or be rounded to fixed levels (see `levels`). Each option has a damage of its own and, once
+its weights are rounded to steps, a damage and a number of bytes that both follow from the steps.
+The steps follow from one number for the whole network, ``theta``: rounding to the nearest multiple
+of :math:`\Delta_o` costs :math:`\theta / 12` a weight when
 
 .. math:: \tfrac12 g_o \bar a \Delta_o^2 = \theta
 
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from filterpress.clustering import kmeans
+from filterpress.grids import Levels
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, eigen, regular
 
@@ -71,12 +72,23 @@ class Option(NamedTuple):
     damage: float
     folded: bool = False  # the projection is in the neighbours, with which the layer must agree
     n_bytes: float = 0.0  # in place of blocks, whatever theta is
-    bits: int = 0  # width of its integers, if these do not follow from theta
+    levels: Levels | None = None  # of the weights, if these do not follow from theta
 
     @property
     def groups(self) -> int:
         """Number of groups of filters, 1 for a layer that stays as it is."""
         return 1 if self.subspaces is None else len(self.subspaces.bases)
+
+    @property
+    def bits(self) -> int:
+        """Width of a weight before entropy coding, 0 where it follows from ``theta``."""
+        return 0 if self.levels is None else self.levels.bits
+
+    @property
+    def form(self) -> tuple[int, int, bool, int, str]:
+        """What becomes of a layer, but for the steps that follow from ``theta``."""
+        kind = "" if self.levels is None else self.levels.kind
+        return self.rank, self.groups, self.folded, self.bits, kind
 
 
 class Allocation(NamedTuple):
@@ -93,10 +105,9 @@ class Allocation(NamedTuple):
         return sum(sum(split) for split in self.n_bytes.values())
 
     @property
-    def forms(self) -> list[tuple[str, int, int, bool, int]]:
-        """What becomes of each layer, but for the steps that follow from ``theta``."""
-        chosen = sorted(self.chosen.items())
-        return [(name, o.rank, o.groups, o.folded, o.bits) for name, o in chosen]
+    def forms(self) -> list[tuple[object, ...]]:
+        """The form of each layer, with its name."""
+        return [(name, *option.form) for name, option in sorted(self.chosen.items())]
 
     @property
     def scale(self) -> float:

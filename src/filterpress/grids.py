@@ -48,6 +48,20 @@ class Grid(NamedTuple):
         return form.integers(form.right_inverse(rows))
 
 
+class Levels(NamedTuple):
+    """The levels of a layer's weights."""
+
+    kind: str  # symmetric, asymmetric or codebook
+    bits: int  # there are 2**bits, or fewer
+    values: Grid | Tensor  # a grid, or the levels (K,) of a codebook
+
+    def table(self, n_rows: int) -> Tensor:
+        """Return the levels ``(O, K)`` of each row."""
+        if isinstance(self.values, Grid):
+            return self.values.levels
+        return self.values.expand(n_rows, -1)
+
+
 def range_grid(rows: Tensor, bits: int, *, symmetric: bool) -> Grid:
     """Return the grid that reaches from the smallest to the largest weight of each row.
 

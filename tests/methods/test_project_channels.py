@@ -11,7 +11,7 @@ from filterpress.allocation import Option, channel_moments, input_subspaces, opt
 from filterpress.errors import ModelError
 from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
 from filterpress.package import Package, encode
-from filterpress.representations import Projected, is_quantized
+from filterpress.representations import Projected, has_codebook, is_quantized
 from filterpress.statistics import measure, recalibrate_
 from filterpress.surgery import layers, plain
 from tests import networks
@@ -85,6 +85,33 @@ def test_every_layer_is_quantised(wide):
     assert all(is_quantized(layer) for layer in layers(made.model).values())
 
 
+def uneven_(layer):
+    """Let a layer's weights be four numbers that no step divides."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.tensor([-0.31, -0.02, 0.11, 0.17])
+    with torch.no_grad():
+        layer.weight.copy_(numbers[torch.randint(4, layer.weight.shape, generator=generator)])
+
+
+@pytest.mark.parametrize("levels", ["steps", "widths", "codebooks", "all"])
+def test_a_codebook_is_taken_where_weights_are_one_and_it_is_on_offer(levels):
+    network = networks.randomise_(Wide())
+    uneven_(network.wide)
+    made = run(network, 4000, levels=levels)
+    wide = made.model.wide
+    offered = levels in ("codebooks", "all")
+    assert has_codebook(wide) == offered
+    assert made.layers["wide"].get("bits") == (2.0 if offered else None)
+    assert size(made.model) <= 4000
+    if offered:
+        assert wide.weight.detach().allclose(network.wide.weight, atol=1e-3)
+
+
+def test_more_kinds_of_levels_are_never_predicted_to_damage_more(wide):
+    few, many = (run(wide, size(wide) // 4, levels=levels) for levels in ("steps", "all"))
+    assert many.notes["distortion"] <= 1.05 * few.notes["distortion"]
+
+
 @cache
 def trained():
     network = networks.make("residual")
@@ -103,6 +130,7 @@ def reduced(share):
 def test_a_budget_is_met_and_used(share):
     budget, made = reduced(share)
     assert 0.85 * budget < size(made.model) <= budget
+    assert made.notes["expected_bytes"] == pytest.approx(size(made.model), rel=0.02)
 
 
 def test_more_bytes_give_a_closer_network():
@@ -211,6 +239,7 @@ def test_a_layer_that_stays_cannot_be_projected():
     [
         ("images", 0),
         ("max_groups", 0),
+        ("levels", "some"),
         ("max_shrink", 0.5),
         ("max_shrink", 1.0),
     ],

@@ -8,29 +8,19 @@ from torch import nn
 
 from filterpress.errors import ModelError
 from filterpress.export import to_graph
-from filterpress.methods.quantize_weights import (
-    QuantizationConfig,
-    choose,
-    correct_bias_,
-    fit_levels,
-    option,
-    quantize_weights,
-    table_of,
-)
+from filterpress.levels import fit_levels, level_option
+from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 from filterpress.package import Package, encode
 from filterpress.representations import (
     has_codebook,
     integers_of,
     is_quantized,
-    latent_weight,
     levels_of,
     step_of,
 )
-from filterpress.rounding import quantize_at_
 from filterpress.statistics import measure
 from filterpress.surgery import layers
 from tests import networks
-from tests.moments import apart
 from tests.test_export import decoded_outputs
 
 IMAGES = networks.images(128)
@@ -60,14 +50,6 @@ def run(network, max_bytes=10**6, *, avoid=frozenset(), **fields):
 @cache
 def trained(name="residual"):
     return networks.make(name)
-
-
-def correlated(n_out, d, *, groups=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(groups, d, d, generator=generator) / d**0.5
-    mean = torch.randn(groups, d, generator=generator)
-    second = root @ root.mT + mean[:, :, None] * mean[:, None]
-    return apart(second, 0.5 + torch.rand(n_out, generator=generator), mean)
 
 
 @every_config
@@ -125,72 +107,6 @@ def test_more_bits_are_closer_and_larger():
     assert errors[-1] < 1e-3 * float(expected.var())
 
 
-@pytest.mark.parametrize("grid", ["symmetric", "asymmetric", "codebook"])
-def test_both_ways_of_choosing_levels_damage_less_than_the_nearest(grid):
-    layer = nn.Conv2d(6, 16, 3)
-    moments = correlated(16, 54)
-    per = "tensor" if grid == "codebook" else "channel"
-    config = QuantizationConfig(bits=3, grid=grid, per=per)
-    weight = layer.weight.detach()
-    levels = fit_levels(weight, moments, config, 3)
-    damages = []
-    for rounding in ("nearest", "compensated", "learned"):
-        places = choose(layer, levels, moments, rounding)
-        made = table_of(levels, 16).gather(1, places)
-        damages.append(moments.error(made - weight.flatten(1)))
-    assert max(damages[1:]) < 0.7 * damages[0]
-
-
-@pytest.mark.parametrize("fields", [{"bits": 2}, {"bits": 3, "grid": "asymmetric"}], ids=str)
-def test_levels_fitted_to_outputs_damage_them_less(fields):
-    weight, moments = torch.randn(12, 40), correlated(12, 40)
-    damages = {}
-    for per in ("channel", "tensor"):
-        for fit in ("range", "weights", "outputs"):
-            config = QuantizationConfig(fit=fit, per=per, rounding="nearest", **fields)
-            grid = fit_levels(weight, moments, config, config.bits)
-            delta = grid.rounded(weight) * grid.step[:, None] - weight
-            damages[fit] = float((moments.importance * delta.square()).sum())
-        assert damages["outputs"] <= damages["weights"] < damages["range"]
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_bias_correction_takes_away_the_mean_error_of_the_outputs(groups):
-    layer = nn.Conv2d(6, 9, 3, groups=groups)
-    images = networks.images(64, shape=(6, 8, 8)).relu()
-    head = nn.Sequential(layer, nn.Flatten(), nn.Linear(9 * 36, 3)).eval()
-    moments = measure(head, images)["0"]
-    before = layer.weight.detach().clone()
-    with torch.no_grad():
-        expected = layer(images).mean(dim=(0, 2, 3))
-    config = QuantizationConfig(bits=2, rounding="nearest")
-    grid = fit_levels(before, moments, config, 2)
-    places = choose(layer, grid, moments, "nearest")
-    quantize_at_(layer, grid.low[:, None] + places, *grid)
-    with torch.no_grad():
-        off = (layer(images).mean(dim=(0, 2, 3)) - expected).abs().max()
-        correct_bias_(layer, before, moments)
-        left = (layer(images).mean(dim=(0, 2, 3)) - expected).abs().max()
-    assert off > 0.01
-    assert left < 1e-5
-
-
-def test_a_layer_learns_with_its_own_weights_in_the_cells_of_their_integers():
-    layer = nn.Linear(30, 8)
-    before, moments = layer.weight.detach().clone(), correlated(8, 30)
-    grid = fit_levels(before, moments, QuantizationConfig(bits=3), 3)
-    places = choose(layer, grid, moments, "compensated")
-    quantize_at_(layer, grid.low[:, None] + places, *grid)
-    assert (integers_of(layer) - grid.low[:, None]).equal(places.float())
-    moved = latent_weight(layer) != before
-    nearest = grid.rounded(before) == integers_of(layer)
-    assert moved.any()
-    # where the nearest integer was chosen, only weights at the edge of its cell move, a little
-    shift = ((latent_weight(layer) - before).abs() / grid.step[:, None])[nearest]
-    assert float(shift.max()) < 0.011
-    assert float((latent_weight(layer) - before).abs().max()) > 0.02 * float(grid.step.min())
-
-
 @pytest.mark.parametrize(
     "fields", [{}, {"grid": "asymmetric"}, {"grid": "codebook", "per": "tensor"}], ids=str
 )
@@ -201,12 +117,11 @@ def test_estimated_bytes_are_nearly_those_of_the_file(fields):
     nn.init.zeros_(empty[3].weight)
     nn.init.zeros_(empty[3].bias)
     for bits in (2, 4, 6):
-        config = QuantizationConfig(bits=bits, rounding="nearest", **fields)
         made = run(network, **{"bits": bits, "rounding": "nearest", **fields}).model
         moments = measure(network.eval(), IMAGES)["3"]
-        estimate = option(
-            layer, fit_levels(layer.weight.detach(), moments, config, bits), moments, bits
-        )
+        kind = fields.get("grid", "symmetric")
+        levels = fit_levels(layer.weight.detach(), moments, kind, bits)
+        estimate = level_option(layer, levels, moments, "nearest")
         made[1] = empty[1]
         assert estimate.n_bytes == pytest.approx(size(made) - size(empty), rel=0.1)
 

@@ -4,7 +4,8 @@ A layer becomes a 1x1 convolution to ``r`` channels and the layer itself on thes
 groups of filters live in different subspaces; both are rounded to steps, each weight making up for
 the errors of those before (see `rounding`). Ranks, groups and steps of the whole network come from
 one allocator, so that the encoded file meets the budget at the least damage to the network's
-outputs; a layer that gains nothing from a projection is only rounded.
+outputs; a layer that gains nothing from a projection is only rounded. Fixed widths and codebooks
+can stand beside these options, and are seldom chosen: entropy-coded, they take no fewer bytes.
 
 A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
 a position. It costs nothing where no nonlinearity lies between a layer and those that make its
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ from filterpress.allocation import (
     options,
 )
 from filterpress.compensation import refit_projected
-from filterpress.fitting import fingerprint, fit_budget
+from filterpress.fitting import Attempt, fingerprint, fit_budget
 from filterpress.folding import (
     LinearChannels,
     fold_,
@@ -48,12 +50,20 @@ from filterpress.folding import (
     linear_channels,
     spreads_of,
 )
+from filterpress.levels import choose, fit_levels, level_option, quantize_to_
 from filterpress.methods import Outcome
 from filterpress.progress import progress
 from filterpress.representations import ChannelOrder, Layer, Projected, like
 from filterpress.rounding import quantize_compensated_
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
+
+LEVELS = {  # kinds of them that stand beside steps
+    "steps": (),
+    "widths": ("symmetric",),
+    "codebooks": ("codebook",),
+    "all": ("symmetric", "codebook"),
+}
 
 
 class Source(NamedTuple):
@@ -73,12 +83,16 @@ class ProjectionConfig:
     Attributes:
         images: Calibration images; fewer where they are large.
         max_groups: Largest number of groups of filters with a projection of their own.
+        levels: What else layers may be rounded to: steps (nothing but multiples of steps that the
+            allocator chooses), widths (integers of 1 to 8 bits, too), codebooks (of 2 to 256
+            numbers, too), or all.
         max_shrink: Largest factor by which one pass may shrink the file; statistics are local, and
             a long way is better gone in several passes. 0 sets no limit.
     """
 
     images: int = 1024
     max_groups: int = 4
+    levels: str = "steps"
     max_shrink: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,6 +100,8 @@ class ProjectionConfig:
             raise ValueError(f"images must be at least 1, got {self.images}")
         if self.max_groups < 1:
             raise ValueError(f"max_groups must be at least 1, got {self.max_groups}")
+        if self.levels not in LEVELS:
+            raise ValueError(f"levels must be one of {tuple(LEVELS)}, got {self.levels!r}")
         if self.max_shrink != 0 and not 1 < self.max_shrink < math.inf:
             raise ValueError(f"max_shrink must be 0 or above 1, got {self.max_shrink}")
 
@@ -113,8 +129,8 @@ def project_channels(
 
     Returns:
         The network with quantised, partly projected layers; the number of layers ``projected`` and
-        of those whose projection was ``folded`` into others, the ``distortion`` predicted, and
-        ``theta``. Where no allocation meets the budget, the smallest.
+        of those whose projection was ``folded`` into others, the ``distortion`` and the bytes
+        predicted, and ``theta``. Where no allocation meets the budget, the smallest.
 
     Raises:
         ModelError: Every allocation found is one to avoid.
@@ -133,7 +149,7 @@ def project_channels(
         max_bytes=max_bytes,
         avoid=avoid,
     )
-    return _outcome(best.model, best.allocation)
+    return _outcome(best)
 
 
 def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
@@ -144,6 +160,9 @@ def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
         for name, layer in used.items():
             groups, moments = config.max_groups, source.moments[name]
             candidates[name] = options(layer, moments, max_groups=groups, seed=seed)
+            for kind, bits in product(LEVELS[config.levels], range(1, 9)):
+                levels = fit_levels(layer.weight.detach(), moments, kind, bits, seed=seed)
+                candidates[name].append(level_option(layer, levels, moments, "compensated"))
             advance()
         folds = []
         for channels in source.linear:
@@ -152,13 +171,15 @@ def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
     return Rates(candidates, folds)
 
 
-def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
+def _outcome(found: Attempt) -> Outcome:
+    allocation = found.allocation
     changed = {
         name: {
             "rank": float(option.rank),
             "groups": float(option.groups),
             "n_bytes": round(sum(allocation.n_bytes[name]), 1),
         }
+        | ({"bits": float(option.bits)} if option.bits else {})
         for name, option in allocation.chosen.items()
     }
     folded = sum(option.folded for option in allocation.chosen.values())
@@ -168,9 +189,10 @@ def _outcome(model: nn.Module, allocation: Allocation) -> Outcome:
         "folded": float(folded),
         "distortion": allocation.damage,
         "theta": allocation.theta,
+        "expected_bytes": round(found.expected),
         "allocation": fingerprint(allocation),
     }
-    return Outcome(model, notes, changed)
+    return Outcome(found.model, notes, changed)
 
 
 def apply(source: Source, allocation: Allocation) -> nn.Module:
@@ -183,7 +205,10 @@ def apply(source: Source, allocation: Allocation) -> nn.Module:
     statistics.note_offsets_(result, source.images)  # of batch-norm that is new
     for name, option in allocation.chosen.items():
         layer = layers(result)[name]
-        if option.rank and not option.folded:
+        if option.levels is not None:
+            places = choose(layer, option.levels, seen[name], "compensated")
+            quantize_to_(layer, option.levels, places, seen[name])
+        elif option.rank and not option.folded:
             result.set_submodule(name, project(layer, option, seen[name], allocation.theta))
         else:
             quantize_compensated_(layer, seen[name], allocation.theta)

@@ -21,28 +21,23 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from filterpress import statistics
-from filterpress.allocation import BIAS_BITS, STEP_BITS, Allocation, Option, Rates
+from filterpress.allocation import Allocation, Rates
 from filterpress.fitting import fingerprint, fit_budget
-from filterpress.grids import Grid, best_grid, codebook, range_grid
-from filterpress.learned_rounding import round_learned_to
+from filterpress.grids import Levels
+from filterpress.levels import choose, fit_levels, level_option, quantize_to_
 from filterpress.methods import Outcome
 from filterpress.progress import progress
-from filterpress.representations import Layer, share_levels_
-from filterpress.rounding import quantize_at_, round_compensated_to, round_nearest_to
+from filterpress.representations import Layer
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
 
-LEVEL_BITS = 16.0  # of a codebook in the file
 CHOICES = {
     "grid": ("symmetric", "asymmetric", "codebook"),
     "per": ("channel", "tensor"),
@@ -96,12 +91,15 @@ class QuantizationConfig:
             return range(self.bits, self.bits + 1)
         return range(2 if self.grid == "asymmetric" else 1, 9)
 
-
-class Rounded(NamedTuple):
-    """What the weights of a layer are rounded to."""
-
-    grid: Grid | Tensor  # a uniform one, or the levels (K,) of a codebook
-    places: Tensor  # (O, d) of each weight among the levels of its row
+    def levels_of(self, layer: Layer, moments: Moments, seed: int) -> dict[int, Levels]:
+        """Fit levels of each width to a layer's weights."""
+        weight = layer.weight.detach()
+        return {
+            bits: fit_levels(
+                weight, moments, self.grid, bits, per=self.per, fit=self.fit, seed=seed
+            )
+            for bits in self.widths
+        }
 
 
 def quantize_weights(
@@ -138,28 +136,29 @@ def quantize_weights(
     moments = statistics.measure(network, images, seed=seed)
     used = {name: layer for name, layer in layers(network).items() if name in moments}
 
-    @cache
-    def grid_of(name: str, bits: int) -> Grid | Tensor:
-        return fit_levels(used[name].weight.detach(), moments[name], config, bits, seed=seed)
-
-    @cache
-    def rounded(name: str, bits: int) -> Rounded:
-        grid = grid_of(name, bits)
-        return Rounded(grid, choose(used[name], grid, moments[name], config.rounding))
-
-    candidates = {}
+    fitted: dict[str, dict[int, Levels]] = {}
     with progress("reduce", len(used)) as advance:
         for name, layer in used.items():
-            candidates[name] = [
-                option(layer, grid_of(name, bits), moments[name], bits) for bits in config.widths
-            ]
+            fitted[name] = config.levels_of(layer, moments[name], seed)
             advance()
-    rates = Rates(candidates)
+
+    @cache
+    def places(name: str, bits: int) -> Tensor:
+        return choose(used[name], fitted[name][bits], moments[name], config.rounding)
 
     def build(allocation: Allocation) -> nn.Module:
-        chosen = {name: rounded(name, o.bits) for name, o in allocation.chosen.items()}
+        chosen = {n: (fitted[n][o.bits], places(n, o.bits)) for n, o in allocation.chosen.items()}
         return apply(network, images, chosen, moments)
 
+    rates = Rates(
+        {
+            name: [
+                level_option(used[name], levels, moments[name], config.rounding)
+                for levels in found.values()
+            ]
+            for name, found in fitted.items()
+        }
+    )
     if config.bits:
         allocation = rates.allocate(1.0)
         return _outcome(build(allocation), allocation, used)
@@ -182,114 +181,15 @@ def _outcome(model: nn.Module, allocation: Allocation, used: Mapping[str, Layer]
     return Outcome(model, notes, changed)
 
 
-def fit_levels(
-    weight: Tensor, moments: Moments, config: QuantizationConfig, bits: int, *, seed: int = 0
-) -> Grid | Tensor:
-    """Choose the levels for a layer's weights.
-
-    Args:
-        weight: ``(O, ...)``.
-        moments: The layer's statistics.
-        config: Which levels.
-        bits: Their number, as a power of two.
-        seed: Seed of a codebook.
-
-    Returns:
-        A grid with a row for each output channel, or the levels ``(K,)`` of a codebook.
-    """
-    rows = weight.flatten(1)
-    importance = moments.importance if config.fit == "outputs" else torch.ones_like(rows)
-    if config.grid == "codebook":
-        return codebook(rows, importance, bits, seed=seed)
-    whole = config.per == "tensor"
-    seen = rows.reshape(1, -1) if whole else rows
-    symmetric = config.grid == "symmetric"
-    if config.fit == "range":
-        grid = range_grid(seen, bits, symmetric=symmetric)
-    else:
-        grid = best_grid(seen, importance.reshape(seen.shape), bits, symmetric=symmetric)
-    if whole:
-        n = len(rows)
-        return Grid(grid.step.expand(n), grid.low.expand(n), grid.high.expand(n), grid.spacing)
-    return grid
-
-
-def table_of(grid: Grid | Tensor, n_rows: int) -> Tensor:
-    """Return the levels ``(O, K)`` of each row."""
-    return grid.levels if isinstance(grid, Grid) else grid.expand(n_rows, -1)
-
-
-def option(layer: Layer, grid: Grid | Tensor, moments: Moments, bits: int) -> Option:
-    """Estimate what a layer costs and damages when rounded to the nearest levels."""
-    weight = layer.weight.detach()
-    table = table_of(grid, len(weight))
-    places = round_nearest_to(weight, table)
-    delta = table.gather(1, places) - weight.flatten(1)
-    damage = 0.5 * float((moments.importance * delta.square()).sum())
-    if isinstance(grid, Grid):
-        places = places + (grid.low / grid.spacing).long()[:, None]
-    counts = (places - places.min()).flatten().bincount().double()
-    entropy = torch.special.entr(counts / counts.sum()).sum() / math.log(2)
-    side = len(weight) * (STEP_BITS + BIAS_BITS)
-    if isinstance(grid, Tensor):
-        side += LEVEL_BITS * len(grid)
-    n_bytes = (float(entropy) * weight.numel() + side) / 8
-    return Option(0, None, (), damage, n_bytes=n_bytes, bits=bits)
-
-
-def choose(layer: Layer, grid: Grid | Tensor, moments: Moments, rounding: str) -> Tensor:
-    """Choose a level for each weight.
-
-    Args:
-        layer: Plain layer.
-        grid: Its levels.
-        moments: Its statistics.
-        rounding: Which way; see `QuantizationConfig`.
-
-    Returns:
-        ``(O, d)`` places among the levels of each row.
-    """
-    weight = layer.weight.detach()
-    table = table_of(grid, len(weight))
-    if rounding == "nearest":
-        return round_nearest_to(weight, table)
-    way = round_learned_to if rounding == "learned" else round_compensated_to
-    return way(weight, table, moments)
-
-
 def apply(
     network: nn.Module,
     images: Tensor,
-    chosen: Mapping[str, Rounded],
+    chosen: Mapping[str, tuple[Levels, Tensor]],
     moments: Mapping[str, Moments],
 ) -> nn.Module:
     """Quantise a copy of a plain network, correct biases and measure batch-norm again."""
     result = plain(network)
-    for name, (grid, places) in chosen.items():
-        layer = layers(result)[name]
-        before = layer.weight.detach().clone()
-        if isinstance(grid, Grid):
-            integers = grid.low[:, None] + grid.spacing * places
-            quantize_at_(layer, integers, *grid)
-        else:
-            share_levels_(layer, grid, places.view_as(before))
-        correct_bias_(layer, before, moments[name])
+    for name, (levels, places) in chosen.items():
+        quantize_to_(layers(result)[name], levels, places, moments[name])
     statistics.recalibrate_(result, images)
     return result
-
-
-def correct_bias_(layer: Layer, before: Tensor, moments: Moments) -> None:
-    """Let a layer's bias make up for the mean error of its outputs.
-
-    Args:
-        layer: Quantised layer, changed in place; nothing to do if it has no bias.
-        before: ``(O, ...)`` the weight it had.
-        moments: Its statistics, with the mean of the inputs.
-    """
-    if layer.bias is None:
-        return
-    error = (before - layer.weight.detach()).flatten(1)
-    groups = len(moments.mean)
-    rows = error.view(groups, len(error) // groups, -1)
-    with torch.no_grad():
-        layer.bias += torch.einsum("grd,gd->gr", rows, moments.mean).flatten()
