@@ -9,20 +9,11 @@ import torch
 from torch import nn
 
 from filterpress import codec
-from filterpress.allocation import (
-    SLOPE,
-    Option,
-    Rates,
-    channel_moments,
-    group_filters,
-    input_subspaces,
-    options,
-    steps_of,
-    unit_steps,
-)
+from filterpress.allocation import SLOPE, Option, Rates, options, steps_of, unit_steps
 from filterpress.fitting import meet
 from filterpress.grids import Levels
 from filterpress.statistics import Moments, measure
+from filterpress.subspaces import channel_moments, group_filters, input_subspaces
 from filterpress.surgery import layers
 from tests import networks
 from tests.moments import apart

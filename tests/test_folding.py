@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from filterpress.allocation import SLOPE, Rates, options, taps_of
+from filterpress.allocation import SLOPE, Rates, options
 from filterpress.folding import (
     fold_,
     fold_options,
@@ -17,6 +17,7 @@ from filterpress.folding import (
 )
 from filterpress.package import count
 from filterpress.statistics import measure, recalibrate_
+from filterpress.subspaces import taps_of
 from filterpress.surgery import layers
 from tests import networks
 

@@ -31,10 +31,16 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from filterpress.clustering import kmeans
 from filterpress.grids import Levels
 from filterpress.representations import Layer
-from filterpress.statistics import Moments, eigen, regular
+from filterpress.statistics import Moments
+from filterpress.subspaces import (
+    ChannelMoments,
+    Subspaces,
+    channel_moments,
+    input_subspaces,
+    taps_of,
+)
 
 LEFT = 0.5  # share of the damage of rounding to the nearest that is left with errors fed back
 SLOPE = LEFT * 8 * 2 * math.log(2) / 12  # damage saved by a byte at theta = 1: d/db 2**(-2b) / 12
@@ -44,14 +50,6 @@ LINEAR, BINS = 64, 8  # integers told apart up to the first, then in so many bin
 OCTAVES = 64  # above LINEAR told apart
 STEP_BITS = 6.0  # a row's step in the file
 BIAS_BITS = 9.0  # a row's bias in the file
-
-
-class Subspaces(NamedTuple):
-    """Directions of a layer's input that its filters, in groups, make most of."""
-
-    order: Tensor  # (O,) the filters, sorted by group, groups of equal size
-    bases: Tensor  # (G, m, I) a projection's rows, the most important first
-    energies: Tensor  # (G, m) twice the damage of leaving a row out
 
 
 class Block(NamedTuple):
@@ -182,107 +180,6 @@ def spaced_ranks(limit: float, count: int) -> list[int]:
     """Return at most ``count`` ranks up to a limit, which is at least 1, in even ratios."""
     spaced = torch.logspace(math.log10(max(1.0, limit / 48)), math.log10(limit), count)
     return sorted({int(r) for r in spaced.round().clamp(1, int(limit)).tolist()})
-
-
-class ChannelMoments(NamedTuple):
-    """Statistics of a layer's input channels, averaged over the taps of its kernel."""
-
-    second: Tensor  # (I, I) second moment of the channels
-    mass: Tensor  # (T,) share of the power that each tap sees, mean 1
-
-
-def taps_of(weight: Tensor) -> Tensor:
-    """View a weight ``(O, I, kh, kw)`` or ``(O, I)`` as ``(O, I, T)``."""
-    return weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-
-
-def channel_moments(weight: Tensor, moments: Moments) -> ChannelMoments:
-    """Average the statistics of a layer over the taps of its kernel."""
-    n_in, taps = weight.shape[1], weight[0, 0].numel()
-    by_tap = moments.inputs[0].view(n_in, taps, n_in, taps).diagonal(dim1=1, dim2=3)  # (I, I, T)
-    channels = by_tap.mean(dim=2)
-    mass = by_tap.diagonal().mean(dim=1) / channels.diagonal().mean().clamp(min=1e-30)
-    return ChannelMoments(channels, mass)
-
-
-def input_subspaces(
-    weight: Tensor, outputs: Tensor, channels: ChannelMoments, groups: int = 1, *, seed: int = 0
-) -> Subspaces:
-    """Find the projections of a layer's input that keep its outputs.
-
-    With whitened inputs the damage of a projection is the energy of the filters outside it, so the
-    best one of each rank is spanned by the first principal directions of the filters. For several
-    groups, filters and subspaces are matched in turn (k-subspaces), groups of equal size.
-
-    Args:
-        weight: ``(O, I, kh, kw)`` or ``(O, I)``.
-        outputs: ``(O, O)`` second moment of the derivative by the filters' outputs.
-        channels: Statistics of the input channels.
-        groups: Number of groups; divides ``O``.
-        seed: Seed of the first grouping.
-    """
-    root = torch.linalg.cholesky(regular(channels.second))  # (I, I)
-    filters = (taps_of(weight) * channels.mass.sqrt()).transpose(1, 2) @ root  # (O, T, I) whitened
-    gain = outputs.diagonal().sqrt()[:, None, None]
-    order = group_filters(filters * gain, groups, seed=seed).argsort(stable=True)
-    own = torch.stack([regular(part) for part in blocks_of(outputs, order, groups)])
-    sorted_ = torch.unflatten(filters[order], 0, (groups, -1))
-    parts = torch.einsum("gpq,gpti->gqti", torch.linalg.cholesky(own), sorted_)
-    found = [_principal(part.flatten(0, 1)) for part in parts]
-    bases = torch.stack([basis for basis, _ in found])
-    bases = torch.linalg.solve_triangular(root, bases, upper=False, left=False)
-    return Subspaces(order, bases, torch.stack([energy for _, energy in found]))
-
-
-def blocks_of(outputs: Tensor, order: Tensor, groups: int) -> Tensor:
-    """Return the part ``(G, O/G, O/G)`` of ``(O, O)`` that each group of filters has to itself."""
-    size = len(outputs) // groups
-    parts = outputs[order][:, order].view(groups, size, groups, size)
-    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal directions ``(m, I)`` of rows ``(n, I)`` and their energies ``(m,)``."""
-    if len(rows) < rows.shape[1]:
-        energy, left = eigen(rows @ rows.T)
-        energy, left = energy.flip(0).clamp(min=0), left.flip(1)
-        inverse = torch.where(energy > 1e-7 * energy[0], energy.rsqrt(), 0)
-        return (left * inverse).T @ rows, energy
-    energy, right = eigen(rows.T @ rows)
-    return right.flip(1).T, energy.flip(0).clamp(min=0)
-
-
-def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 2) -> Tensor:
-    """Group filters that live in the same subspace, in groups of equal size.
-
-    Args:
-        filters: ``(O, T, I)`` whitened filters.
-        groups: Number of groups, divides ``O``.
-        seed: Seed of k-means, which makes the first grouping.
-        iterations: Rounds of fitting subspaces and assigning filters.
-
-    Returns:
-        ``(O,)`` group of each filter.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    n_out, _, n_in = filters.shape
-    if groups == 1:
-        return torch.zeros(n_out, dtype=torch.long)
-    size, rank = n_out // groups, max(1, n_in // 4)
-    means = torch.nn.functional.normalize(filters.flatten(1), dim=1)
-    sketch = means @ torch.randn(means.shape[1], 32, generator=torch.Generator().manual_seed(seed))
-    cost = kmeans(sketch, groups, seed=seed).distances.float()
-    labels = torch.zeros(n_out, dtype=torch.long)
-    for iteration in range(iterations + 1):
-        slots = cost.repeat_interleave(size, dim=1).numpy()
-        labels = torch.from_numpy(linear_sum_assignment(slots)[1] // size)
-        if iteration < iterations:
-            spans = [
-                _principal(filters[labels == g].flatten(0, 1))[0][:rank] for g in range(groups)
-            ]
-            cost = -torch.stack([(filters @ s.T).square().sum(dim=(1, 2)) for s in spans], dim=1)
-    return labels
 
 
 def _projected(

@@ -21,20 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from filterpress.allocation import (
-    BIAS_BITS,
-    N_RANKS,
-    Option,
-    Subspaces,
-    block,
-    channel_moments,
-    spaced_ranks,
-    taps_of,
-    unit_steps,
-)
+from filterpress.allocation import BIAS_BITS, N_RANKS, Option, block, spaced_ranks, unit_steps
 from filterpress.compensation import ChannelStatistics, channel_statistics, solve
 from filterpress.representations import Layer, like
 from filterpress.statistics import Moments, batches, eigen, recalibrate_, regular
+from filterpress.subspaces import Subspaces, channel_moments, taps_of
 from filterpress.surgery import ChannelGroup, channel_groups, layers
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d

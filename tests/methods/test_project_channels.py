@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from filterpress.allocation import Option, channel_moments, input_subspaces, options
+from filterpress.allocation import Option, options
 from filterpress.errors import ModelError
 from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
 from filterpress.package import Package, encode
 from filterpress.representations import Projected, has_codebook, is_quantized
 from filterpress.statistics import measure, recalibrate_
+from filterpress.subspaces import channel_moments, input_subspaces
 from filterpress.surgery import layers, plain
 from tests import networks
 from tests.moments import apart, white

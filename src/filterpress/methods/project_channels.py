@@ -33,14 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress import statistics
-from filterpress.allocation import (
-    Allocation,
-    Option,
-    Rates,
-    blocks_of,
-    channel_moments,
-    options,
-)
+from filterpress.allocation import Allocation, Option, Rates, options
 from filterpress.compensation import refit_projected
 from filterpress.fitting import Attempt, fingerprint, fit_budget
 from filterpress.folding import (
@@ -56,6 +49,7 @@ from filterpress.progress import progress
 from filterpress.representations import ChannelOrder, Layer, Projected, like
 from filterpress.rounding import quantize_compensated_
 from filterpress.statistics import Moments
+from filterpress.subspaces import blocks_of, channel_moments
 from filterpress.surgery import layers, plain
 
 LEVELS = {  # kinds of them that stand beside steps
