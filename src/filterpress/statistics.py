@@ -119,18 +119,20 @@ def measure(model: nn.Module, images: Tensor, *, seed: int = 0) -> dict[str, Mom
         progress("calibrate", len(parts)) as advance,
     ):
         for batch in parts:
-            outputs = model(batch.clone().requires_grad_())
-            outputs.backward(_direction(outputs.detach(), generator))
+            leaf = batch.clone().requires_grad_()
+            outputs = model(leaf)
+            # the weights' own gradients are not needed, and would take as long again
+            outputs.backward(_direction(outputs.detach(), generator), inputs=[leaf])
             advance()
-    model.zero_grad(set_to_none=True)
     count = len(images)
     for name, total in totals.items():
-        if not (torch.isfinite(total.inputs).all() and torch.isfinite(total.outputs).all()):
-            raise ModelError(f"the activations of {name} must be finite, got NaN or infinity")
-    return {
-        name: Moments(_symmetric(m.inputs) / count, m.outputs / count, m.mean / count)
-        for name, m in totals.items()
-    }
+        for second in (total.inputs, total.outputs):
+            # what is not finite is so on the diagonal, too
+            if not torch.isfinite(second.diagonal(dim1=1, dim2=2)).all():
+                raise ModelError(f"the activations of {name} must be finite, got NaN or infinity")
+        for part in total:
+            part.div_(count)
+    return totals
 
 
 def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
@@ -253,10 +255,6 @@ def patches(
     seen = padded[:, :, ys, xs]  # (N, I, P, kh, kw)
     seen = torch.unflatten(seen, 1, (layer.groups, -1))  # (N, G, I/G, P, kh, kw)
     return seen.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
 
 
 def note_offsets_(model: nn.Module, images: Tensor) -> None:
