@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from filterpress import allocation, package, statistics
 from filterpress.allocation import Option
-from filterpress.methods import merge_filters, project_channels
+from filterpress.methods import Outcome, merge_filters, project_channels
 from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 from filterpress.representations import Layer
 from filterpress.statistics import Moments
@@ -130,7 +130,7 @@ class Source:
         """Return the bytes of the file of a network."""
         return len(package.encode(self.package, network))
 
-    def allocated(self, max_bytes: int) -> nn.Module:
+    def allocated(self, max_bytes: int) -> Outcome:
         """Let the allocator choose for a number of bytes."""
         return project_channels.project_channels(
             self.package.network,
@@ -138,7 +138,7 @@ class Source:
             project_channels.ProjectionConfig(),
             max_bytes=max_bytes,
             size=self.size,
-        ).model
+        )
 
     def reduced(self, setting: Setting) -> nn.Module:
         """Apply a setting."""
@@ -150,7 +150,7 @@ class Source:
                 patch.object(project_channels, "options", option),
                 patch.object(project_channels, "linear_channels", lambda *_: []),  # none folded
             ):
-                return self.allocated(max_bytes)
+                return self.allocated(max_bytes).model
         if setting.method == "merge":
             network = merged(network, self.images, setting.share)
         config = QuantizationConfig(**setting.weights)
@@ -162,7 +162,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     """Measure each setting, and the allocator at its bytes."""
     source = Source(run, task)
     validation = Validation(package.load(run / "train").network, task)
-    found: dict[int, tuple[int, Measured]] = {}  # of the allocator, by the bytes it was given
+    found: dict[int, tuple[Row, Measured]] = {}  # of the allocator, by the bytes it was given
     with patch.object(statistics, "measure", once(statistics.measure)):
         for setting in settings(given.ratios):
             started = time.process_time()
@@ -171,22 +171,23 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
             n_bytes, single = source.size(network), validation.measure(network)
             limit = max((b for b in found if b <= n_bytes <= NEAR * b), default=n_bytes)
             if limit not in found:
-                network = source.allocated(limit)
-                found[limit] = source.size(network), validation.measure(network)
-            row = compared(n_bytes, single, *found[limit])
+                made = source.allocated(limit)
+                expected = made.notes["expected_bytes"]
+                sizes = {"allocator_bytes": source.size(made.model), "allocator_expected": expected}
+                found[limit] = sizes, validation.measure(made.model)
+            sizes, allocator = found[limit]
+            row = {"bytes": n_bytes, **sizes, **compared(single, allocator)}
             yield {"setting": setting.fields, **row, "seconds": seconds}
 
 
-def compared(n_bytes: int, single: Measured, allocator_bytes: int, allocator: Measured) -> Row:
+def compared(single: Measured, allocator: Measured) -> Row:
     """Say how a single setting and the allocator do, and how sure the difference is."""
     root = len(single.right) ** 0.5
     gained = allocator.right.double() - single.right.double()
     grown = allocator.divergences - single.divergences
     return {
-        "bytes": n_bytes,
         "accuracy": round(single.accuracy, 5),
         "divergence": round(single.divergence, 6),
-        "allocator_bytes": allocator_bytes,
         "allocator_accuracy": round(allocator.accuracy, 5),
         "allocator_divergence": round(allocator.divergence, 6),
         "accuracy_error": round(float(gained.std()) / root, 5),
@@ -225,7 +226,8 @@ def summary(rows: list[Row]) -> str:
         nearly = sum(w <= ERRORS * e for w, e in zip(worse, errors, strict=True))
         text += f" {name} is no worse in {plainly}, within {ERRORS} standard errors in {nearly}"
         text += f" (median standard error {median(errors):.2g}),"
-    return text.rstrip(",")
+    off = max(abs(r["allocator_expected"] / r["allocator_bytes"] - 1) for r in rows)
+    return f"{text} and its files have the bytes expected to within {100 * off:.1f} %"
 
 
 if __name__ == "__main__":

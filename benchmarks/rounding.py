@@ -6,7 +6,8 @@ RUN is the folder of a run of ``filterpress compress``; its pruned network is cl
 to each ratio, and its trained one is what it is compared with, on the validation set: accuracy, and
 divergence of the outputs. Ways are ``as it is``; ``filters apart``, whose errors do not add up in
 the damage; ``whole damage`` of rounding to the nearest in the allocator's estimates (docs/adr/0017
-for both); and ``no cluster``, without that stage. Results are printed as JSON and added to
+for both); ``no cluster``, without that stage; and ``all levels``, with fixed widths and codebooks on
+offer for each layer (docs/adr/0015). Results are printed as JSON and added to
 ``benchmarks/results/rounding.json``.
 """
 
@@ -31,7 +32,7 @@ from filterpress.statistics import Moments
 from filterpress.tasks import Task, calibration
 
 RESULTS = Path(__file__).parent / "results" / "rounding.json"
-WAYS = ("as it is", "filters apart", "whole damage", "no cluster")
+WAYS = ("as it is", "filters apart", "whole damage", "no cluster", "all levels")
 
 
 @contextmanager
@@ -82,7 +83,8 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
                 network = merge_filters.merge_filters(
                     network, images, merge_filters.MergeConfig(), max_bytes=max_bytes
                 ).model
-            config = project_channels.ProjectionConfig()
+            levels = "all" if way == "all levels" else "steps"
+            config = project_channels.ProjectionConfig(levels=levels)
             network = project_channels.project_channels(
                 network, images, config, max_bytes=max_bytes, size=size
             ).model
