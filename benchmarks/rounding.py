@@ -6,8 +6,8 @@ RUN is the folder of a run of ``filterpress compress``; its pruned network is cl
 to each ratio, and its trained one is what it is compared with, on the validation set: accuracy, and
 divergence of the outputs. Ways are ``as it is``; ``filters apart``, whose errors do not add up in
 the damage; ``whole damage`` of rounding to the nearest in the allocator's estimates (docs/adr/0017
-for both); ``no cluster``, without that stage; and ``all levels``, with fixed widths and codebooks on
-offer for each layer (docs/adr/0015). Results are printed as JSON and added to
+for both); ``no cluster``, without that stage; and ``all levels``, with fixed widths and codebooks
+on offer for each layer (docs/adr/0015). Results are printed as JSON and added to
 ``benchmarks/results/rounding.json``.
 """
 
