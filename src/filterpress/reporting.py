@@ -8,26 +8,21 @@ leniently: what a stage did not say is left out.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from filterpress import chart, files
+from filterpress import chart, files, page
 from filterpress.errors import PackageError
-
-Report = Mapping[str, Any]
+from filterpress.page import Report
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
 _SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", "tries", *_COLUMNS}
-_NUMERIC = {"#", "Bytes", "Ratio", "Validation", "Test", "Parameters", "Multiply-adds"}
-_NUMERIC |= {"Bits a weight", "Retrains"}
 _FATES = ("removed", "merged")  # of filters
-_RIGHT = ' class="n"'
 _OUTCOMES = {
     "publish": "Both thresholds hold",
     "retrain": "Not accurate enough yet",
@@ -71,10 +66,10 @@ def render(model: Report) -> str:
         >>> "&lt;b&gt;" in page, "<b>" in page
         (True, False)
     """
-    history = [entry for entry in _list(model.get("history")) if isinstance(entry, Mapping)]
+    history = [entry for entry in page.entries(model.get("history")) if isinstance(entry, Mapping)]
     final = _final(model, history)
-    page = Template(resources.files("filterpress").joinpath("report.html").read_text("utf-8"))
-    return page.substitute(
+    frame = Template(resources.files("filterpress").joinpath("report.html").read_text("utf-8"))
+    return frame.substitute(
         title=escape(f"filterpress: {model.get('model', 'network')}"),
         network=escape(_network(model)),
         outcome="good" if final.get("decision") == "publish" else "open",
@@ -99,8 +94,8 @@ def verdict(report: Report) -> str:
         'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % accurate (-0.50 points).'
     """
     outcome = _OUTCOMES.get(str(report.get("decision", "")), "Not evaluated yet")
-    n_bytes, ratio = _number(report, "n_bytes"), _ratio(report)
-    accuracy = _number(report, "accuracy")
+    n_bytes, ratio = page.number(report, "n_bytes"), _ratio(report)
+    accuracy = page.number(report, "accuracy")
     facts = [
         "" if n_bytes is None else f"{n_bytes:,.0f} bytes",
         "" if ratio is None else f"{ratio:,.1f} times smaller",
@@ -123,72 +118,35 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         >>> summary_rows({"n_bytes": 8000, "baseline_bytes": 96000, "accuracy": 0.95})
         [('Size', '8,000 bytes, 12.0x smaller than 96,000'), ('Accuracy', '95.00 % (test)')]
     """
-    rows = [(label, _joined(value, note)) for label, value, note in _cards(report)]
-    validation = _percent(_number(report, "validation_accuracy"))
+    rows = [(label, page.joined(value, note)) for label, value, note in _cards(report)]
+    validation = page.percent(page.number(report, "validation_accuracy"))
     tries = [
         f"{count:.0f} {noun}{'' if count == 1 else 's'}"
         for key, noun in (("round", "round"), ("retrains", "retrain"))
-        if (count := _number(report, key)) is not None
+        if (count := page.number(report, key)) is not None
     ]
     rows += [
         ("Validation", validation),
-        ("Decision", _text(report.get("decision"))),
+        ("Decision", page.text(report.get("decision"))),
         ("Tries", ", ".join(tries)),
-        ("Digest", _text(report.get("sha256"))),
-        ("Package", _text(report.get("package"))),
-        ("Release", _text(report.get("release"))),
-        ("Page", _text(report.get("html"))),
+        ("Digest", page.text(report.get("sha256"))),
+        ("Package", page.text(report.get("package"))),
+        ("Release", page.text(report.get("release"))),
+        ("Page", page.text(report.get("html"))),
     ]
     return [(label, value) for label, value in rows if value]
 
 
-def _number(report: Report, key: str) -> float | None:
-    value = report.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _size(report: Report, key: str) -> float | None:
-    value = _number(report, key)
-    return value if value is not None and value >= 1 else None
-
-
-def _fraction(report: Report, key: str) -> float | None:
-    value = _number(report, key)
-    return value if value is not None and 0 <= value <= 1 else None
-
-
-def _list(value: object) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _count(value: float | None, unit: str = "") -> str:
-    return "" if value is None else f"{value:,.0f}{unit}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
-
-
-def _joined(value: str, note: str) -> str:
-    return value if not note else f"{value} {note}" if note.startswith("(") else f"{value}, {note}"
-
-
 def _ratio(report: Report) -> float | None:
-    ratio = _number(report, "ratio")
-    n_bytes, baseline = _number(report, "n_bytes"), _number(report, "baseline_bytes")
+    ratio = page.number(report, "ratio")
+    n_bytes, baseline = page.number(report, "n_bytes"), page.number(report, "baseline_bytes")
     if ratio is None and n_bytes and baseline:
         return baseline / n_bytes
     return ratio
 
 
 def _change(report: Report) -> str:
-    accuracy, baseline = _number(report, "accuracy"), _number(report, "baseline_accuracy")
+    accuracy, baseline = page.number(report, "accuracy"), page.number(report, "baseline_accuracy")
     if accuracy is None or baseline is None:
         return ""
     return f" ({100 * (accuracy - baseline):+.2f} points)"
@@ -207,26 +165,28 @@ def _final(model: Report, history: Sequence[Report]) -> dict[str, Any]:
 
 
 def _network(model: Report) -> str:
-    shape = " x ".join(map(str, _list(model.get("input_shape"))))
+    shape = " x ".join(map(str, page.entries(model.get("input_shape"))))
     classes = f"{model['n_classes']} classes" if "n_classes" in model else ""
-    return " · ".join(part for part in (_text(model.get("model")), shape, classes) if part)
+    return " · ".join(part for part in (page.text(model.get("model")), shape, classes) if part)
 
 
 def _cards(report: Report) -> list[tuple[str, str, str]]:
     """Give label, value and note of each headline number that is known."""
-    ratio, baseline_bytes = _ratio(report), _number(report, "baseline_bytes")
+    ratio, baseline_bytes = _ratio(report), page.number(report, "baseline_bytes")
     smaller = "" if ratio is None else f"{ratio:,.1f}x smaller"
     if smaller and baseline_bytes is not None:
         smaller += f" than {baseline_bytes:,.0f}"
-    baseline = _percent(_number(report, "baseline_accuracy"))
+    baseline = page.percent(page.number(report, "baseline_accuracy"))
     compared = f"{_change(report).strip()[1:-1]} from {baseline}" if _change(report) else "(test)"
     cards = [
-        ("Size", _count(_number(report, "n_bytes"), " bytes"), smaller),
-        ("Accuracy", _percent(_number(report, "accuracy")), compared),
+        ("Size", page.count(page.number(report, "n_bytes"), " bytes"), smaller),
+        ("Accuracy", page.percent(page.number(report, "accuracy")), compared),
     ]
     for label, key in (("Parameters", "n_parameters"), ("Multiply-adds", "macs")):
-        before = _count(_number(report, f"baseline_{key}"))
-        cards.append((label, _count(_number(report, key)), f"from {before}" if before else ""))
+        before = page.count(page.number(report, f"baseline_{key}"))
+        cards.append(
+            (label, page.count(page.number(report, key)), f"from {before}" if before else "")
+        )
     return [card for card in cards if card[1]]
 
 
@@ -238,7 +198,7 @@ def _card(label: str, value: str, note: str) -> str:
 
 
 def _name(entry: Report) -> str:
-    name, round = _text(entry.get("stage")) or "stage", _number(entry, "round")
+    name, round = page.text(entry.get("stage")) or "stage", page.number(entry, "round")
     return name if round is None else f"{name}, round {round:.0f}"
 
 
@@ -248,16 +208,16 @@ def _chart_section(history: Sequence[Report], final: Report) -> str:
         points = [
             chart.Point(number, _name(entry), n_bytes, accuracy)
             for number, entry in enumerate(history, 1)
-            if (n_bytes := _size(entry, "n_bytes")) is not None
-            if (accuracy := _fraction(entry, key)) is not None
+            if (n_bytes := page.positive(entry, "n_bytes")) is not None
+            if (accuracy := page.fraction(entry, key)) is not None
         ]
         if points:
-            max_bytes = _size(final, "max_bytes")
-            min_accuracy = _fraction(final, "min_accuracy")
+            max_bytes = page.positive(final, "max_bytes")
+            min_accuracy = page.fraction(final, "min_accuracy")
             drawing = chart.draw(
                 points, split=split, max_bytes=max_bytes, min_accuracy=min_accuracy
             )
-            return _section("Path", drawing)
+            return page.section("Path", drawing)
     return ""
 
 
@@ -266,25 +226,25 @@ def _search_section(history: Sequence[Report], final: Report) -> str:
     tries = [
         (number, entry, n_bytes)
         for report in history
-        for number, entry in enumerate(_list(report.get("tries")), 1)
-        if isinstance(entry, Mapping) and (n_bytes := _size(entry, "n_bytes")) is not None
+        for number, entry in enumerate(page.entries(report.get("tries")), 1)
+        if isinstance(entry, Mapping) and (n_bytes := page.positive(entry, "n_bytes")) is not None
     ]
     tries.sort(key=lambda found: -found[2])
     points = [
         chart.Point(number, f"try {number}", n_bytes, accuracy)
         for number, entry, n_bytes in tries
-        if (accuracy := _fraction(entry, "validation_accuracy")) is not None
+        if (accuracy := page.fraction(entry, "validation_accuracy")) is not None
         if entry.get("decision") != "too-big"  # says nothing of the size asked for
     ]
     if not points:
         return ""
     passed = {number for number, entry, _ in tries if entry.get("decision") == "publish"}
     kept = min((p for p in points if p.number in passed), key=_bytes_of, default=None)
-    floor = _fraction(final, "min_accuracy")
+    floor = page.fraction(final, "min_accuracy")
     drawing = chart.draw(points, split="Validation", min_accuracy=floor, kept=kept)
     rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
-    table = _table(_head("#", "Outcome", "Bytes", "Validation", "Retrains"), rows)
-    return _section("Sizes tried", drawing + table)
+    table = page.table(page.head("#", "Outcome", "Bytes", "Validation", "Retrains"), rows)
+    return page.section("Sizes tried", drawing + table)
 
 
 def _bytes_of(point: chart.Point) -> float:
@@ -292,37 +252,39 @@ def _bytes_of(point: chart.Point) -> float:
 
 
 def _try_row(number: int, entry: Report) -> str:
-    outcome = _text(entry.get("decision"))
+    outcome = page.text(entry.get("decision"))
     numbers = (
-        _count(_number(entry, "n_bytes")),
-        _percent(_number(entry, "validation_accuracy")),
-        _count(_number(entry, "retrains")),
+        page.count(page.number(entry, "n_bytes")),
+        page.percent(page.number(entry, "validation_accuracy")),
+        page.count(page.number(entry, "retrains")),
     )
-    return f'<tr><td class="n">{number}</td><td>{escape(outcome)}</td>{_cells(numbers)}</tr>'
+    return f'<tr><td class="n">{number}</td><td>{escape(outcome)}</td>{page.cells(numbers)}</tr>'
 
 
 def _stages_section(history: Sequence[Report]) -> str:
     if not history:
         return ""
     rows = "".join(_stage_row(number, entry) for number, entry in enumerate(history, 1))
-    head = _head("#", "Stage", "Outcome", "Bytes", "Ratio", "Validation", "Test")
-    return _section("Stages", _table(head + _head("Parameters", "Multiply-adds", "More"), rows))
+    head = page.head("#", "Stage", "Outcome", "Bytes", "Ratio", "Validation", "Test")
+    return page.section(
+        "Stages", page.table(head + page.head("Parameters", "Multiply-adds", "More"), rows)
+    )
 
 
 def _stage_row(number: int, entry: Report) -> str:
     ratio = _ratio(entry)
-    outcome = _text(entry.get("decision") or entry.get("state"))
+    outcome = page.text(entry.get("decision") or entry.get("state"))
     numbers = (
-        _count(_number(entry, "n_bytes")),
+        page.count(page.number(entry, "n_bytes")),
         "" if ratio is None else f"{ratio:,.1f}x",
-        _percent(_number(entry, "validation_accuracy")),
-        _percent(_number(entry, "accuracy")),
-        _count(_number(entry, "n_parameters")),
-        _count(_number(entry, "macs")),
+        page.percent(page.number(entry, "validation_accuracy")),
+        page.percent(page.number(entry, "accuracy")),
+        page.count(page.number(entry, "n_parameters")),
+        page.count(page.number(entry, "macs")),
     )
     return (
         f'<tr><td class="n">{number}</td><th scope="row">{escape(_name(entry))}</th>'
-        f"<td>{escape(outcome)}</td>{_cells(numbers)}<td>{_more(entry)}</td></tr>"
+        f"<td>{escape(outcome)}</td>{page.cells(numbers)}<td>{_more(entry)}</td></tr>"
     )
 
 
@@ -343,21 +305,21 @@ def _layers_section(history: Sequence[Report]) -> str:
     measured = [
         number
         for number, entry in enumerate(history)
-        if any(_number(layer, "n_bytes") is not None for layer in _layers(entry))
+        if any(page.number(layer, "n_bytes") is not None for layer in _layers(entry))
     ]
     if not measured:
         return ""
     layers = _layers(history[measured[-1]])
     cut = _filters_cut(history[: measured[-1]])
     widths = _widths(history[: measured[-1] + 1])
-    largest = max(_number(layer, "n_bytes") or 0 for layer in layers)
+    largest = max(page.number(layer, "n_bytes") or 0 for layer in layers)
     rows = "".join(_layer_row(layer, largest, _changes(layer, cut, widths)) for layer in layers)
-    head = _head("Layer", "Bytes", "", "Bits a weight", "Changes", "Shape")
-    return _section("Layers", _table(head, rows))
+    head = page.head("Layer", "Bytes", "", "Bits a weight", "Changes", "Shape")
+    return page.section("Layers", page.table(head, rows))
 
 
 def _layers(entry: Report) -> list[Report]:
-    return [layer for layer in _list(entry.get("layers")) if isinstance(layer, Mapping)]
+    return [layer for layer in page.entries(entry.get("layers")) if isinstance(layer, Mapping)]
 
 
 def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
@@ -366,7 +328,7 @@ def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
     for entry in history:
         for layer in _layers(entry):
             for fate in _FATES:
-                cut[_text(layer.get("name")), fate] += round(_number(layer, fate) or 0)
+                cut[page.text(layer.get("name")), fate] += round(page.number(layer, fate) or 0)
     return cut
 
 
@@ -374,17 +336,21 @@ def _widths(history: Sequence[Report]) -> dict[str, float]:
     """Return the bits before coding of each layer that the last ``reduce`` gave a width."""
     reduced = [entry for entry in history if entry.get("stage") == "reduce"]
     layers = _layers(reduced[-1]) if reduced else []
-    return {_text(e.get("name")): bits for e in layers if (bits := _size(e, "bits")) is not None}
+    return {
+        page.text(e.get("name")): bits
+        for e in layers
+        if (bits := page.positive(e, "bits")) is not None
+    }
 
 
 def _changes(layer: Report, cut: Mapping[tuple[str, str], int], widths: Mapping[str, float]) -> str:
-    name = _text(layer.get("name"))
+    name = page.text(layer.get("name"))
     changes = [
         f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
         for fate in _FATES
         if (lost := cut[name, fate]) > 0
     ]
-    rank, groups = _size(layer, "rank"), _size(layer, "groups")
+    rank, groups = page.positive(layer, "rank"), page.positive(layer, "groups")
     if rank is not None:
         parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
         changes.append(f"projected to rank {rank:.0f}{parts}")
@@ -394,32 +360,13 @@ def _changes(layer: Report, cut: Mapping[tuple[str, str], int], widths: Mapping[
 
 
 def _layer_row(layer: Report, largest: float, changes: str) -> str:
-    n_bytes, bits = _number(layer, "n_bytes"), _number(layer, "bits_per_weight")
+    n_bytes, bits = page.number(layer, "n_bytes"), page.number(layer, "bits_per_weight")
     share = 100 * (n_bytes or 0) / largest if largest > 0 else 0
-    shape = " x ".join(map(str, _list(layer.get("shape"))))
+    shape = " x ".join(map(str, page.entries(layer.get("shape"))))
     return (
-        f'<tr><th scope="row">{escape(_text(layer.get("name")))}</th>{_cells([_count(n_bytes)])}'
+        f'<tr><th scope="row">{escape(page.text(layer.get("name")))}</th>'
+        f"{page.cells([page.count(n_bytes)])}"
         f'<td class="bar"><i style="width:{max(0.0, share):.1f}%"></i></td>'
-        f"{_cells(['' if bits is None else f'{bits:.2f}'])}"
+        f"{page.cells(['' if bits is None else f'{bits:.2f}'])}"
         f"<td>{escape(changes)}</td><td>{escape(shape)}</td></tr>"
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _table(head: str, rows: str) -> str:
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
-
-
-def _head(*titles: str) -> str:
-    return "".join(
-        f'<th scope="col"{_RIGHT if title in _NUMERIC else ""}>{escape(title)}</th>'
-        for title in titles
-    )
-
-
-def _cells(texts: Iterable[str]) -> str:
-    return "".join(f'<td class="n">{escape(text)}</td>' for text in texts)
