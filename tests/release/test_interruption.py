@@ -71,24 +71,24 @@ def _check_whole(found):
 
 
 def test_a_publisher_killed_anywhere_leaves_the_old_release(tmp_path, keys, root, contents):
-    publish(OLD, target="models/a", custom={}, store=str(tmp_path / "before"), keys=keys)
+    publish(OLD, target="models/demo/a/file", custom={}, store=str(tmp_path / "before"), keys=keys)
     kills = 0
     for number in range(1, 1000):
         store = str(tmp_path / str(number))
         shutil.copytree(tmp_path / "before", store)
 
         def publish_new(store=store):
-            publish(NEW, target="models/b", custom={}, store=store, keys=keys)
+            publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
 
         if not _killed_at_change(number, publish_new):
             break
         _check_whole(contents(store))
         kills += 1
         assert latest(store, root=root).version == 1
-        assert fetch(store, "models/a", root=root) == OLD
+        assert fetch(store, "models/demo/a/file", root=root) == OLD
         publish_new()
         assert latest(store, root=root).version == 2
-        assert fetch(store, "models/b", root=root) == NEW
+        assert fetch(store, "models/demo/b/file", root=root) == NEW
         shutil.rmtree(store)
     # Four uploads, each locked, written beside, and renamed; the last rename is the commit.
     assert kills >= 12
@@ -100,12 +100,12 @@ def test_a_first_publisher_killed_anywhere_can_be_followed_by_another(tmp_path):
         store, keys = str(tmp_path / f"{number}/store"), tmp_path / f"{number}/keys"
 
         def publish_new(store=store, keys=keys):
-            publish(NEW, target="models/b", custom={}, store=store, keys=keys)
+            publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
 
         if not _killed_at_change(number, publish_new):
             break
         publish_new()
-        assert fetch(store, "models/b", root=(keys / "root.json").read_bytes()) == NEW
+        assert fetch(store, "models/demo/b/file", root=(keys / "root.json").read_bytes()) == NEW
     assert number > 20
 
 
@@ -114,14 +114,14 @@ def test_eight_publishers_that_start_at_once_all_land(tmp_path):
     store, keys = str(tmp_path / "a" / "store"), tmp_path / "b" / "keys"
 
     def publish_number(number):
-        file, target = str(number).encode(), f"models/{number}"
+        file, target = str(number).encode(), f"models/demo/{number}/file"
         publish(file, target=target, custom={}, store=store, keys=keys)
 
     children = [_in_child(partial(publish_number, number)) for number in range(8)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
     root = (keys / "root.json").read_bytes()
     for number in range(8):
-        assert fetch(store, f"models/{number}", root=root) == str(number).encode()
+        assert fetch(store, f"models/demo/{number}/file", root=root) == str(number).encode()
     assert latest(store, root=root).version == 8
 
 
@@ -129,7 +129,7 @@ def test_eight_publishers_to_one_bucket_all_land(bucket, keys, root):
     releases = []
 
     def run(number):
-        file, target = str(number).encode(), f"models/{number}"
+        file, target = str(number).encode(), f"models/demo/{number}/file"
         releases.append(publish(file, target=target, custom={}, store=bucket, keys=keys))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
@@ -139,14 +139,14 @@ def test_eight_publishers_to_one_bucket_all_land(bucket, keys, root):
         thread.join()
     assert sorted(release.version for release in releases) == list(range(1, 9))
     for number in range(8):
-        assert fetch(bucket, f"models/{number}", root=root) == str(number).encode()
+        assert fetch(bucket, f"models/demo/{number}/file", root=root) == str(number).encode()
 
 
 def test_two_publishers_of_one_file_issue_one_release(tmp_path, keys, root):
     store = str(tmp_path / "store")
 
     def publish_new():
-        publish(NEW, target="models/b", custom={}, store=store, keys=keys)
+        publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
 
     children = [_in_child(publish_new) for _ in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
@@ -164,7 +164,7 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=Tr
 store, root = str(disk / "store"), (keys / "root.json").read_bytes()
 
 def publish_file(name, file):
-    return publish(file, target=name, custom={}, store=store, keys=keys)
+    return publish(file, target=f"models/m/{name}/f", custom={}, store=store, keys=keys)
 
 publish_file("old", b"old")
 refused = 0
@@ -185,11 +185,11 @@ for pages in range(12):
         refused += 1
         assert "No space left on device" in str(error), error
         assert latest(store, root=root) == before
-        assert fetch(store, "old", root=root) == b"old"
+        assert fetch(store, "models/m/old/f", root=root) == b"old"
         assert not list(disk.rglob("*.partial"))
     filler.unlink()
     publish_file(name, bytes(5000))
-    assert fetch(store, name, root=root) == bytes(5000)
+    assert fetch(store, f"models/m/{name}/f", root=root) == bytes(5000)
 assert 3 < refused < 12, refused
 """
 
@@ -280,38 +280,38 @@ def test_each_answer_to_an_upload_may_be_lost(bucket, network, keys, root):
         # Every upload is sent twice: its first answer is lost, the second is a refusal.
         return "lose" if number % 2 else None
 
-    release, uploads = network(lose_each_first, file=NEW, target="models/b", keys=keys)
-    assert uploads == 10  # root, file, targets, snapshot, timestamp
+    release, uploads = network(lose_each_first, file=NEW, target="models/demo/b/file", keys=keys)
+    assert uploads == 14  # root, file, release, rollout, targets, snapshot, timestamp
     assert (release.version, release.created) == (1, True)
-    assert fetch(bucket, "models/b", root=root) == NEW
+    assert fetch(bucket, "models/demo/b/file", root=root) == NEW
 
 
 @pytest.mark.parametrize("number", range(1, 5))
 def test_a_publisher_cut_off_at_any_upload_leaves_the_old_release(
     bucket, network, keys, root, number
 ):
-    publish(OLD, target="models/a", custom={}, store=bucket, keys=keys)
+    publish(OLD, target="models/demo/a/file", custom={}, store=bucket, keys=keys)
 
     def refuse_from(upload):
         return "refuse" if upload >= number else None
 
     with pytest.raises(ReleaseError, match=f"cannot write {bucket}/"):
-        network(refuse_from, file=NEW, target="models/b", keys=keys)
+        network(refuse_from, file=NEW, target="models/demo/b/file", keys=keys)
     assert latest(bucket, root=root).version == 1
-    assert fetch(bucket, "models/a", root=root) == OLD
-    release = publish(NEW, target="models/b", custom={}, store=bucket, keys=keys)
+    assert fetch(bucket, "models/demo/a/file", root=root) == OLD
+    release = publish(NEW, target="models/demo/b/file", custom={}, store=bucket, keys=keys)
     assert (release.version, release.created) == (2, True)
-    assert fetch(bucket, "models/b", root=root) == NEW
+    assert fetch(bucket, "models/demo/b/file", root=root) == NEW
 
 
 def test_a_publisher_whose_last_answer_is_lost_for_good_has_published(bucket, network, keys, root):
-    publish(OLD, target="models/a", custom={}, store=bucket, keys=keys)
+    publish(OLD, target="models/demo/a/file", custom={}, store=bucket, keys=keys)
 
     def fail_after_commit(upload):
         return {4: "lose"}.get(upload, "refuse" if upload > 4 else None)
 
     with pytest.raises(ReleaseError):
-        network(fail_after_commit, file=NEW, target="models/b", keys=keys)
-    assert fetch(bucket, "models/b", root=root) == NEW
-    again = publish(NEW, target="models/b", custom={}, store=bucket, keys=keys)
+        network(fail_after_commit, file=NEW, target="models/demo/b/file", keys=keys)
+    assert fetch(bucket, "models/demo/b/file", root=root) == NEW
+    again = publish(NEW, target="models/demo/b/file", custom={}, store=bucket, keys=keys)
     assert (again.version, again.created) == (2, False)

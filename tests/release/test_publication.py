@@ -39,7 +39,8 @@ def test_a_release_tells_what_was_published(store, keys):
         "sha256": hashlib.sha256(FILE).hexdigest(),
         "n_bytes": len(FILE),
         "version": 1,
-        "custom": {**custom, "release_counter": 1},
+        "custom": {**custom, "hardware_ids": ["any"], "release_counter": 1},
+        "deltas": {},
         "created": True,
     }
 
@@ -47,11 +48,11 @@ def test_a_release_tells_what_was_published(store, keys):
 def test_the_latest_release_is_the_one_published_last(store, keys, root):
     for number in (1, 2, 3):
         # Names in falling order: the newest is not the last by name.
-        target, file = f"models/{9 - number}", f"file {number}".encode()
+        target, file = f"models/demo/{9 - number}/file", f"file {number}".encode()
         made = publish(file, target=target, custom={}, store=store, keys=keys)
         assert latest(store, root=root) == dataclasses.replace(made, created=False)
         assert made.version == number
-    assert fetch(store, "models/8", root=root) == b"file 1"
+    assert fetch(store, "models/demo/8/file", root=root) == b"file 1"
 
 
 def test_publishing_the_same_file_again_changes_nothing(directory, keys, contents):
@@ -71,16 +72,22 @@ def test_a_target_stands_for_one_file_for_ever(directory, keys, root, contents):
 
 
 def test_one_file_may_have_two_targets(store, keys, root):
-    for target in ("models/a/model.fpk", "models/b/model.fpk"):
+    for target in ("models/a/1/model.fpk", "models/b/1/model.fpk"):
         publish(FILE, target=target, custom={}, store=store, keys=keys)
         assert fetch(store, target, root=root) == FILE
 
 
 def test_one_set_of_keys_serves_two_stores(tmp_path, keys, root):
     for name in ("one", "two"):
-        publish(name.encode(), target="m", custom={}, store=str(tmp_path / name), keys=keys)
-    assert fetch(str(tmp_path / "one"), "m", root=root) == b"one"
-    assert fetch(str(tmp_path / "two"), "m", root=root) == b"two"
+        publish(
+            name.encode(),
+            target="models/m/1/file",
+            custom={},
+            store=str(tmp_path / name),
+            keys=keys,
+        )
+    assert fetch(str(tmp_path / "one"), "models/m/1/file", root=root) == b"one"
+    assert fetch(str(tmp_path / "two"), "models/m/1/file", root=root) == b"two"
 
 
 def test_the_first_publication_makes_development_keys(store, tmp_path):
@@ -92,10 +99,20 @@ def test_the_first_publication_makes_development_keys(store, tmp_path):
 def test_a_real_bucket_gets_no_development_keys(tmp_path, monkeypatch):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     with pytest.raises(ReleaseError, match="holds no keys"):
-        publish(FILE, target="m", custom={}, store="gs://bucket/x", keys=tmp_path / "keys")
-    publish(FILE, target="m", custom={}, store=str(tmp_path / "store"), keys=tmp_path / "keys")
+        publish(
+            FILE, target="models/m/1/file", custom={}, store="gs://bucket/x", keys=tmp_path / "keys"
+        )
+    publish(
+        FILE,
+        target="models/m/1/file",
+        custom={},
+        store=str(tmp_path / "store"),
+        keys=tmp_path / "keys",
+    )
     with pytest.raises(ReleaseError, match="holds development keys"):
-        publish(FILE, target="m", custom={}, store="gs://bucket/x", keys=tmp_path / "keys")
+        publish(
+            FILE, target="models/m/1/file", custom={}, store="gs://bucket/x", keys=tmp_path / "keys"
+        )
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -116,7 +133,7 @@ def served(store, emulator):
 
 
 def test_the_reference_client_verifies_what_was_published(store, keys, root, served, tmp_path):
-    publish(b"before", target="models/before", custom={}, store=store, keys=keys)
+    publish(b"before", target="models/demo/before/file", custom={}, store=store, keys=keys)
     publish(FILE, target=TARGET, custom={"size": len(FILE)}, store=store, keys=keys)
     (tmp_path / "client").mkdir()
     client = Updater(
@@ -127,7 +144,7 @@ def test_the_reference_client_verifies_what_was_published(store, keys, root, ser
         bootstrap=root,
     )
     info = client.get_targetinfo(TARGET)
-    assert info.custom == {"size": len(FILE), "release_counter": 2}
+    assert info.custom == {"size": len(FILE), "hardware_ids": ["any"], "release_counter": 2}
     assert Path(client.download_target(info)).read_bytes() == FILE
 
 
@@ -136,7 +153,9 @@ def test_every_listed_file_has_a_length_and_a_digest(directory, keys):
     metadata = Path(directory) / "metadata"
     snapshot = json.loads((metadata / "1.snapshot.json").read_bytes())["signed"]["meta"]
     timestamp = json.loads((metadata / "timestamp.json").read_bytes())["signed"]["meta"]
-    for meta, name in ((snapshot, "targets"), (timestamp, "snapshot")):
+    assert set(snapshot) == {"targets.json", "release.json", "rollout.json"}
+    listed = [(snapshot, name) for name in ("targets", "release", "rollout")]
+    for meta, name in (*listed, (timestamp, "snapshot")):
         data = (metadata / f"1.{name}.json").read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         assert meta[f"{name}.json"]["length"] == len(data)
@@ -153,18 +172,31 @@ def test_the_root_is_published_as_it_is_trusted(directory, keys, root):
 def test_keys_inside_the_store_are_refused(tmp_path, store_name):
     folder = tmp_path / store_name
     with pytest.raises(ValueError, match="keys must lie outside the store"):
-        publish(FILE, target="m", custom={}, store=str(tmp_path / "store"), keys=folder)
+        publish(
+            FILE, target="models/m/1/file", custom={}, store=str(tmp_path / "store"), keys=folder
+        )
     assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
     "target",
-    ["", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".lock", "a/.b", "a b", "ä", "a?b"],
+    [
+        *(
+            "",
+            "/etc/passwd",
+            "models/a/b",
+            "models/a/b/c/d",
+            "channels/any/x.json",
+            "models/../a/b",
+        ),
+        *("models/a//b", "models/a/b/", "models/a/b/.c", "models/a/b/c d", "models/a/b/ä"),
+        *("models/a/b/c?d", "models/a/b/..", "models/a/b\n/c", "models/a/b/c\n"),
+    ],
 )
 def test_a_target_that_is_no_plain_path_is_refused(directory, keys, root, target):
-    with pytest.raises(ValueError, match="target must be segments of letters"):
+    with pytest.raises(ValueError, match="target must be models/NAME/VERSION/FILE"):
         publish(FILE, target=target, custom={}, store=directory, keys=keys)
-    with pytest.raises(ValueError, match="target must be segments of letters"):
+    with pytest.raises(ValueError, match="target must be models/NAME/VERSION/FILE"):
         fetch(directory, target, root=root)
     assert not Path(directory).exists()
 
@@ -194,19 +226,24 @@ _JSON = st.recursive(
 @given(custom=st.dictionaries(st.text(st.characters(codec="utf-8")), _JSON))
 def test_any_json_without_fractions_survives_signing(custom, tmp_path_factory, keys, root):
     store = str(tmp_path_factory.mktemp("any") / "store")
-    custom.pop("release_counter", None)
-    publish(b"", target="m", custom=custom, store=store, keys=keys)
-    assert latest(store, root=root).custom == {**custom, "release_counter": 1}
+    for ours in ("release_counter", "hardware_ids"):
+        custom.pop(ours, None)
+    publish(b"", target="models/m/1/file", custom=custom, store=store, keys=keys)
+    ours = {"hardware_ids": ["any"], "release_counter": 1}
+    assert latest(store, root=root).custom == {**custom, **ours}
 
 
 def test_what_was_never_published_cannot_be_fetched(store, keys, root):
     publish(FILE, target=TARGET, custom={}, store=store, keys=keys)
-    with pytest.raises(ReleaseError, match="has no release models/other"):
-        fetch(store, "models/other", root=root)
+    with pytest.raises(ReleaseError, match="has no release models/demo/other/file"):
+        fetch(store, "models/demo/other/file", root=root)
 
 
 def test_an_empty_store_says_what_is_missing(store, root):
-    for read in (lambda: latest(store, root=root), lambda: fetch(store, "m", root=root)):
+    for read in (
+        lambda: latest(store, root=root),
+        lambda: fetch(store, "models/m/1/file", root=root),
+    ):
         with pytest.raises(ReleaseError, match=r"metadata/timestamp\.json is missing"):
             read()
 

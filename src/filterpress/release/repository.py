@@ -1,64 +1,39 @@
 """Signed releases: a repository of The Update Framework in a store.
 
-A release is one file. What is signed about it says more than its bytes: which files there are
-(``targets``), which list of them is current (``snapshot``), and until when that may be believed
-(``timestamp``). They are uploaded in that order, the file first and ``timestamp.json`` last, and
-only the last replaces anything: whoever reads on the way reads the release before, and two
-publishers cannot undo one another's work.
+A release is one file. What is signed about it says more than its bytes: that the role ``release``
+vouches for it, which list of files is current (``snapshot``), and until when that may be believed
+(``timestamp``). Which vehicles shall run it is another matter, with another key: see
+`filterpress.release.rollout`.
 
 Reference:
-    The Update Framework specification 1.0, with consistent snapshots.
+    The Update Framework specification 1.0, with consistent snapshots and delegated targets.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import random
+import logging
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import DownloadError, ExpiredMetadataError, RepositoryError
-from tuf.api.metadata import (
-    Metadata,
-    MetaFile,
-    Root,
-    Snapshot,
-    TargetFile,
-    Targets,
-    Timestamp,
-)
-from tuf.api.serialization.json import JSONSerializer
+from tuf.api.metadata import TargetFile
 
-from filterpress.errors import ReleaseError
-from filterpress.release.keys import Keys, load_keys
-from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
-from filterpress.release.trust import (
-    TARGETS,
-    TIMESTAMP,
-    Part,
-    State,
-    read_state,
-    read_targets,
-    trusted_root,
-)
+from filterpress.codec import make_delta
+from filterpress.errors import BitstreamError, ReleaseError
+from filterpress.release.store import open_store
+from filterpress.release.transaction import Draft, transact
+from filterpress.release.trust import RELEASE, open_reader, reported
 
-_COUNTER = "release_counter"
+_log = logging.getLogger(__name__)
+
+COUNTER, HARDWARE, OLD_DIGEST = "release_counter", "hardware_ids", "from_sha256"
+_OURS = (COUNTER, HARDWARE)
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
-_TARGET = re.compile(f"{_SEGMENT}(/{_SEGMENT})*")
-# Nothing renews the timestamp between two publications, so it lives as long as a store may rest.
-_LIFE = {
-    Targets.type: timedelta(days=365),
-    Snapshot.type: timedelta(days=90),
-    Timestamp.type: timedelta(days=90),
-}
-_TRIES = 20
+_TARGET = re.compile(f"models/{_SEGMENT}/{_SEGMENT}/{_SEGMENT}")
+_MAX_DELTA = 0.7  # of the bytes of the whole file: a vehicle may have to fetch both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +47,7 @@ class Release:
         n_bytes: Length of the file.
         version: Number of the release in its store; it only ever grows.
         custom: What else the publisher signed about the file.
+        deltas: Bytes of each delta that makes the file, by the digest of the file it starts from.
         created: Whether the call that returned this issued the release.
     """
 
@@ -81,13 +57,21 @@ class Release:
     n_bytes: int
     version: int
     custom: Mapping[str, Any]
+    deltas: Mapping[str, int]
     created: bool
 
 
 def publish(
-    file: bytes, *, target: str, custom: Mapping[str, Any], store: str, keys: Path
+    file: bytes,
+    *,
+    target: str,
+    custom: Mapping[str, Any],
+    store: str,
+    keys: Path,
+    hardware: Sequence[str] = ("any",),
+    n_deltas: int = 3,
 ) -> Release:
-    """Sign a file and make it the store's newest release.
+    """Sign a file and make it the store's newest release, with deltas from those before it.
 
     Readers see the release wholly or not at all, whenever this is interrupted; calling it again
     finishes the work. A file that is published already is left as it is. The first publication
@@ -95,12 +79,15 @@ def publish(
 
     Args:
         file: The bytes to release.
-        target: Path to release them under, such as ``models/demo/0123456789abcdef/model.fpk``. It
-            stands for these bytes for ever.
+        target: Path to release them under, ``models/<name>/<version>/<file>``, such as
+            ``models/demo/0123456789abcdef/model.fpk``. It stands for these bytes for ever.
         custom: What else to sign about the file: JSON without fractions, because a signature needs
-            one way to write each number. ``release_counter`` is added.
+            one way to write each number. ``release_counter`` and ``hardware_ids`` are added.
         store: Directory or ``gs://bucket/prefix``.
         keys: Folder of keys, not inside the store; see `create_keys`.
+        hardware: Kinds of vehicle that the file is made for; ``any`` for all.
+        n_deltas: For how many earlier releases of the same name to publish a delta, where it has
+            less than 0.7 of the bytes of the file.
 
     Returns:
         The release; ``created`` is False if the same file was there before.
@@ -114,29 +101,45 @@ def publish(
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     store, keys = f"{folder}/store", Path(folder) / "keys"
-        ...     one = publish(b"weights", target="m/1", custom={}, store=store, keys=keys)
-        ...     again = publish(b"weights", target="m/1", custom={}, store=store, keys=keys)
-        ...     file = fetch(store, "m/1", root=(keys / "root.json").read_bytes())
+        ...     given = {"target": "models/m/1/file", "custom": {}, "store": store, "keys": keys}
+        ...     one, again = publish(b"weights", **given), publish(b"weights", **given)
+        ...     file = fetch(store, "models/m/1/file", root=(keys / "root.json").read_bytes())
         >>> one.version, one.created, again.version, again.created, file
         (1, True, 1, False, b'weights')
     """
-    _check_target(target)
+    check_target(target)
     _check_custom(custom)
-    opened = open_store(store)
-    if isinstance(opened, DirectoryStore) and keys.resolve().is_relative_to(opened.path.resolve()):
-        raise ValueError(f"keys must lie outside the store {store}, got {keys}")
-    trial = isinstance(opened, DirectoryStore) or "STORAGE_EMULATOR_HOST" in os.environ
-    signing = load_keys(keys, development=trial)
-    for attempt in range(_TRIES):
-        try:
-            with _reported(store):
-                info, created = _publish_once(opened, signing, file, target, custom)
-        except ConflictError:
-            # Publishers that met once would meet again if they all waited for the same time.
-            time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
-        else:
-            return _release(store, info, created=created)
-    raise ReleaseError(f"{store} is busy: {_TRIES} times another publisher was first; try again")
+    _check_hardware(hardware)
+    change = cache(small_delta)  # a publisher that has to try again has them already
+
+    def edit(draft: Draft) -> Release:
+        listed = draft.listed(RELEASE).get(target)
+        new = listed is None
+        if listed is None:
+            signed = {**custom, HARDWARE: list(hardware), COUNTER: next_counter(draft)}
+            listed = draft.add(RELEASE, target, file, signed)
+            add_deltas(draft, listed, file, n_deltas, change)
+        elif TargetFile.from_data(target, file, ["sha256"]).hashes != listed.hashes:
+            raise ReleaseError(
+                f"{target} is released already with sha256 {listed.hashes['sha256']}: "
+                "choose another target for another file"
+            )
+        return _release(store, draft.listed(RELEASE), listed, created=new)
+
+    return transact(store, keys, edit)
+
+
+def refresh(*, store: str, keys: Path) -> None:
+    """Renew the timestamp, and what else nears its end, with the keys that are at hand.
+
+    Args:
+        store: Directory or ``gs://bucket/prefix``; something was published to it before.
+        keys: Folder of keys; those of the timestamp and the snapshot are enough.
+
+    Raises:
+        ReleaseError: The store or the keys cannot be used or trusted.
+    """
+    transact(store, keys, Draft.renew)
 
 
 def fetch(store: str, target: str, *, root: bytes) -> bytes:
@@ -154,17 +157,12 @@ def fetch(store: str, target: str, *, root: bytes) -> bytes:
         ValueError: The target is not a path.
         ReleaseError: The file is not there, or something is unsigned, altered or expired.
     """
-    _check_target(target)
-    opened = open_store(store)
-    with _reported(store):
-        info = read_targets(opened, root).get(target)
+    check_target(target)
+    with reported(store), open_reader(open_store(store), root) as reader:
+        info = reader.find(target)
         if info is None:
             raise ReleaseError(f"{store} has no release {target}")
-        found = opened.read(_payload_name(info))
-        if found is None:
-            raise ReleaseError(f"{store} lists {target} but has lost the file")
-        info.verify_length_and_hashes(found[0])
-        return found[0]
+        return reader.read(info)
 
 
 def latest(store: str, *, root: bytes) -> Release:
@@ -180,24 +178,92 @@ def latest(store: str, *, root: bytes) -> Release:
     Raises:
         ReleaseError: There is none, or something is unsigned, altered or expired.
     """
-    with _reported(store):
-        targets = read_targets(open_store(store), root)
-    if not targets:
+    with reported(store), open_reader(open_store(store), root) as reader:
+        listed = reader.list(RELEASE)
+    if not listed:
         raise ReleaseError(f"{store} has no releases")
-    return _release(store, max(targets.values(), key=_version), created=False)
+    return _release(store, listed, max(listed.values(), key=counter_of), created=False)
 
 
-def _check_target(target: str) -> None:
+def next_counter(draft: Draft) -> int:
+    """Return the counter of the next release of a store."""
+    return 1 + max(map(counter_of, draft.listed(RELEASE).values()), default=0)
+
+
+def counter_of(info: TargetFile) -> int:
+    """Return the counter of a release; 0 for a delta, which is none."""
+    return int((info.custom or {}).get(COUNTER, 0))
+
+
+def add_deltas(
+    draft: Draft,
+    new: TargetFile,
+    file: bytes,
+    count: int,
+    change: Callable[[bytes, bytes], bytes | None],
+) -> None:
+    """Add deltas that make a file from the last other ones of its name, where they pay.
+
+    Args:
+        draft: Holds the releases.
+        new: What is signed about the file.
+        file: Its bytes.
+        count: How many earlier files to start from.
+        change: Makes a delta of two files, or None where it does not pay.
+    """
+    listed = draft.listed(RELEASE)
+    others: dict[str, TargetFile] = {}
+    for info in sorted(listed.values(), key=counter_of, reverse=True):
+        if counter_of(info) and _name(info) == _name(new) and info.hashes != new.hashes:
+            others.setdefault(info.hashes["sha256"], info)
+    for digest, old in list(others.items())[:count]:
+        path = f"{model_folder(new)}/from-{digest[:16]}.fpd"
+        if path not in listed and (delta := change(draft.read(old), file)) is not None:
+            draft.add(RELEASE, path, delta, {OLD_DIGEST: digest})
+
+
+def deltas_to(listed: Mapping[str, TargetFile], info: TargetFile) -> dict[str, TargetFile]:
+    """Return the deltas that make a file, by the digest of the file they start from."""
+    folder = model_folder(info)
+    return {
+        delta.custom[OLD_DIGEST]: delta
+        for path, delta in listed.items()
+        if delta.custom and OLD_DIGEST in delta.custom and path.rpartition("/")[0] == folder
+    }
+
+
+def model_folder(info: TargetFile) -> str:
+    """Return the folder of the deltas of a file: that of its name and digest."""
+    return f"{_name(info)}/{info.hashes['sha256'][:16]}"
+
+
+def small_delta(old: bytes, new: bytes) -> bytes | None:
+    """Make the delta between two files, if it is much smaller than the new one."""
+    try:
+        delta = make_delta(old, new)
+    except BitstreamError as error:
+        _log.info("no delta: %s", error)
+        return None
+    return delta if len(delta) < _MAX_DELTA * len(new) else None
+
+
+def check_target(target: str) -> None:
+    """Refuse a path under which nothing can be released.
+
+    Raises:
+        ValueError: It is not ``models/<name>/<version>/<file>``.
+    """
     if not _TARGET.fullmatch(target):
         raise ValueError(
-            "target must be segments of letters, digits, '.', '_' and '-' that do not start with "
-            f"'.', joined by '/', got {target!r}"
+            "target must be models/NAME/VERSION/FILE, of letters, digits, '.', '_' and '-' that do "
+            f"not start with '.', got {target!r}"
         )
 
 
 def _check_custom(custom: Mapping[str, Any]) -> None:
-    if _COUNTER in custom:
-        raise ValueError(f"custom must leave {_COUNTER} to publish, got {custom[_COUNTER]!r}")
+    for name in _OURS:
+        if name in custom:
+            raise ValueError(f"custom must leave {name} to publish, got {custom[name]!r}")
     pending: list[tuple[str, Any]] = [("custom", dict(custom))]
     while pending:
         name, value = pending.pop()
@@ -209,109 +275,34 @@ def _check_custom(custom: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be JSON without fractions, got {value!r}")
 
 
-def _version(info: TargetFile) -> int:
-    return int((info.custom or {}).get(_COUNTER, 0))
+def _check_hardware(hardware: Sequence[str]) -> None:
+    if isinstance(hardware, str) or not hardware or not all(map(is_segment, hardware)):
+        raise ValueError(
+            "hardware must be names of letters, digits, '.', '_' and '-' that do not start with "
+            f"'.', got {hardware!r}"
+        )
 
 
-def _release(store: str, info: TargetFile, *, created: bool) -> Release:
+def is_segment(text: str) -> bool:
+    """Say whether text can be one part of a path in a store."""
+    return re.fullmatch(_SEGMENT, text) is not None
+
+
+def _name(info: TargetFile) -> str:
+    """Return the first two parts of a path: what all releases of one network share."""
+    return "/".join(info.path.split("/")[:2])
+
+
+def _release(
+    store: str, listed: Mapping[str, TargetFile], info: TargetFile, *, created: bool
+) -> Release:
     return Release(
         store=store,
         target=info.path,
         sha256=info.hashes["sha256"],
         n_bytes=info.length,
-        version=_version(info),
+        version=counter_of(info),
         custom=info.custom or {},
+        deltas={digest: delta.length for digest, delta in deltas_to(listed, info).items()},
         created=created,
     )
-
-
-def _payload_name(info: TargetFile) -> str:
-    return f"targets/{info.get_prefixed_paths()[0]}"
-
-
-@contextmanager
-def _reported(store: str) -> Iterator[None]:
-    try:
-        yield
-    except ExpiredMetadataError as error:
-        raise ReleaseError(
-            f"{store} is out of date: {error}; its publisher must renew it"
-        ) from error
-    except (RepositoryError, DownloadError) as error:
-        # The first line: some of these messages go on to quote the whole metadata.
-        reason = str(error).partition("\n")[0][:200]
-        raise ReleaseError(f"{store} holds nothing that can be trusted: {reason}") from error
-    except OSError as error:
-        raise ReleaseError(f"cannot verify {store} here: {error.strerror}") from error
-
-
-# Publishing
-
-
-def _publish_once(
-    store: Store, keys: Keys, file: bytes, target: str, custom: Mapping[str, Any]
-) -> tuple[TargetFile, bool]:
-    trusted = trusted_root(keys.root)
-    state = read_state(store, trusted)
-    _check_keys(keys, state.root)
-    new = TargetFile.from_data(target, file, ["sha256"])
-    listed = state.targets.targets.get(target)
-    if listed and listed.hashes != new.hashes:
-        raise ReleaseError(
-            f"{target} is released already with sha256 {listed.hashes['sha256']}: "
-            "choose another target for another file"
-        )
-    if listed and not state.is_expired():
-        return listed, False
-    if not listed:
-        counter = 1 + max(map(_version, state.targets.targets.values()), default=0)
-        new.unrecognized_fields["custom"] = {**custom, _COUNTER: counter}
-        state.targets.targets[target] = new
-        if not state.generation:
-            _create_or_refuse(store, f"metadata/{trusted.version}.root.json", keys.root)
-        _create_or_refuse(store, _payload_name(new), file)
-    _commit(store, state, keys)
-    return listed or new, not listed
-
-
-def _check_keys(keys: Keys, root: Root) -> None:
-    for role, signer in keys.signers.items():
-        if signer.public_key.keyid not in root.roles[role].keyids:
-            raise ReleaseError(f"the root does not allow the key {role}.pem to sign {role}")
-
-
-def _create_or_refuse(store: Store, name: str, data: bytes) -> None:
-    """Create what no other publisher can have created with other bytes."""
-    try:
-        store.create(name, data)
-    except ConflictError as error:
-        raise ReleaseError(f"{name} holds other bytes: other keys, or damage") from error
-
-
-def _commit(store: Store, state: State, keys: Keys) -> None:
-    state.snapshot.meta[TARGETS] = _issue(store, state.targets, state.root, keys)
-    state.timestamp.snapshot_meta = _issue(store, state.snapshot, state.root, keys)
-    state.timestamp.version += 1
-    # The commit point. The generation was read before all that the new metadata builds on.
-    store.replace(TIMESTAMP, _signed(state.timestamp, state.root, keys), state.generation)
-
-
-def _issue(store: Store, part: Part, root: Root, keys: Keys) -> MetaFile:
-    """Create the next free version; a publisher at work, or one that died, may hold some."""
-    while True:
-        part.version += 1
-        data = _signed(part, root, keys)
-        try:
-            store.create(f"metadata/{part.version}.{part.type}.json", data)
-        except ConflictError:
-            continue
-        return MetaFile(part.version, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
-
-
-def _signed(part: Part, root: Root, keys: Keys) -> bytes:
-    part.expires = datetime.now(UTC) + _LIFE[part.type]
-    metadata = Metadata(part)
-    metadata.sign(keys.signers[part.type])
-    # Never upload what a reader will refuse.
-    root.verify_delegate(part.type, metadata.signed_bytes, metadata.signatures)
-    return metadata.to_bytes(JSONSerializer(compact=True))

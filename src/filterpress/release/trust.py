@@ -1,18 +1,25 @@
 """What a store says, once it is verified.
 
 Nothing that a store holds is believed because it is there. A publisher walks from the root that it
-trusts to the list of targets before it signs anything on top, and renews what has expired on the
-way. A reader believes nothing expired either, and leaves the walk to the reference client.
+trusts to the lists of files before it signs anything on top. A reader believes nothing expired
+either, and leaves the walk to the reference client.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from tuf.api.exceptions import DownloadHTTPError, ExpiredMetadataError, RepositoryError
+from tuf.api.exceptions import (
+    DownloadError,
+    DownloadHTTPError,
+    ExpiredMetadataError,
+    RepositoryError,
+)
 from tuf.api.metadata import (
     Metadata,
     MetaFile,
@@ -24,9 +31,11 @@ from tuf.api.metadata import (
 )
 from tuf.ngclient import FetcherInterface, Updater
 
+from filterpress.errors import ReleaseError
 from filterpress.release.store import Store
 
-TARGETS = "targets.json"
+RELEASE, ROLLOUT = "release", "rollout"
+DELEGATED = {RELEASE: "models/*/*/*", ROLLOUT: "channels/*/*.json"}
 TIMESTAMP = "metadata/timestamp.json"
 
 Part = TypeVar("Part", Root, Timestamp, Snapshot, Targets)
@@ -38,67 +47,112 @@ class State:
 
     Attributes:
         root: Which keys may sign what.
-        targets: The files.
-        snapshot: Which list of files is current.
+        targets: To whom the lists of files are delegated.
+        delegated: The lists, by role; of version 0 and empty where none was ever signed.
+        snapshot: Which lists are current.
         timestamp: Which snapshot is.
-        generation: That of the timestamp; 0 if nothing was ever published, and then the other
-            three are empty and of version 0.
+        generation: That of the timestamp; 0 if nothing was ever published, and then all but the
+            root and the targets are empty and of version 0.
     """
 
     root: Root
     targets: Targets
+    delegated: dict[str, Targets]
     snapshot: Snapshot
     timestamp: Timestamp
     generation: int
 
-    def is_expired(self) -> bool:
-        """Say whether readers would refuse what is there."""
-        return any(p.is_expired() for p in (self.targets, self.snapshot, self.timestamp))
 
-
-def read_state(store: Store, trusted: Root) -> State:
+def read_state(store: Store, root: Root, first: bytes | None = None) -> State:
     """Verify what a store says, whether it has expired or not.
 
     Args:
         store: Where to read.
-        trusted: A root that is trusted already; the store may hold its successors.
+        root: The root that holds; see `newest_root`.
+        first: The signed targets that a store begins with; used only if it is empty.
 
     Returns:
         The state.
 
     Raises:
-        RepositoryError: Something is missing, altered or not signed by whom the root names, or the
-            root has expired.
-        ReleaseError: The store cannot be read.
+        RepositoryError: Something is missing, altered or not signed by whom the root names.
+        ReleaseError: The store is empty and has nothing to begin with, or cannot be read.
     """
-    root = _newest_root(store, trusted)
     # Before all else, so that the generation is never newer than what is read below.
     found = store.read(TIMESTAMP)
     if found is None:
-        targets, snapshot, timestamp = Targets(), Snapshot(), Timestamp()
-        targets.version = snapshot.version = timestamp.version = 0
+        if first is None:
+            raise ReleaseError("the store is empty: publish a root and its targets to it first")
+        timestamp, snapshot, generation = Timestamp(), Snapshot(), 0
+        timestamp.version = snapshot.version = 0
+        targets = verified(first, Targets, root)
     else:
-        timestamp = _verified(found[0], Timestamp, root)
+        timestamp, generation = verified(found[0], Timestamp, root), found[1]
         snapshot = _read_listed(store, Snapshot, timestamp.snapshot_meta, root)
-        targets = _read_listed(store, Targets, snapshot.meta.get(TARGETS), root)
+        targets = _read_listed(store, Targets, snapshot.meta.get("targets.json"), root)
+    delegated = {role: _read_delegated(store, role, snapshot, targets) for role in DELEGATED}
     return State(
         root=root,
         targets=targets,
+        delegated=delegated,
         snapshot=snapshot,
         timestamp=timestamp,
-        generation=found[1] if found else 0,
+        generation=generation,
     )
 
 
-def read_targets(store: Store, root: bytes) -> Mapping[str, TargetFile]:
-    """Verify what a store says as a reader has to, and return its files.
+class Reader:
+    """Reads a store as a vehicle does: nothing that is altered, expired or unsigned.
 
     Args:
         store: Where to read.
         root: The trusted root, as signed.
+        folder: Where to keep what was verified; see `open_reader`.
+    """
 
-    Returns:
-        What is signed about each file, by its path.
+    def __init__(self, store: Store, root: bytes, folder: str) -> None:
+        self._store = store
+        self._folder = Path(folder)
+        self._client = Updater(folder, "metadata/", fetcher=_StoreFetcher(store), bootstrap=root)
+        self._client.refresh()
+
+    def find(self, target: str) -> TargetFile | None:
+        """Return what is signed about a file, by the role that may sign it; None if nothing is."""
+        return self._client.get_targetinfo(target)
+
+    def list(self, role: str) -> dict[str, TargetFile]:
+        """Return what a delegated role signed, by path."""
+        # The client has no call that lists files, but this is where it keeps what it verified.
+        self.find(DELEGATED[role].replace("*", "-"))
+        found = Metadata[Targets].from_file(f"{self._folder}/{role}.json").signed.targets
+        return {path: info for path, info in found.items() if self.find(path) == info}
+
+    def signed(self) -> dict[str, Root | Timestamp | Snapshot | Targets]:
+        """Return the verified metadata of all roles that have been read, by role."""
+        files = sorted(self._folder.glob("*.json"))
+        return {file.stem: Metadata[Any].from_file(str(file)).signed for file in files}
+
+    def read(self, info: TargetFile) -> bytes:
+        """Return the bytes of a file, as signed.
+
+        Raises:
+            ReleaseError: They are not there.
+            RepositoryError: They are others.
+        """
+        found = self._store.read(payload_name(info))
+        if found is None:
+            raise ReleaseError(f"the store lists {info.path} but has lost the file")
+        info.verify_length_and_hashes(found[0])
+        return found[0]
+
+
+@contextmanager
+def open_reader(store: Store, root: bytes) -> Iterator[Reader]:
+    """Verify what a store says as a vehicle has to.
+
+    Args:
+        store: Where to read.
+        root: The trusted root, as signed.
 
     Raises:
         RepositoryError: Something is altered, expired or not signed by whom the root names.
@@ -106,10 +160,36 @@ def read_targets(store: Store, root: bytes) -> Mapping[str, TargetFile]:
         ReleaseError: The store cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        client = Updater(folder, "metadata/", fetcher=_StoreFetcher(store), bootstrap=root)
-        client.refresh()
-        # The client has no call that lists targets, but this is where it keeps what it verified.
-        return Metadata[Targets].from_file(f"{folder}/{TARGETS}").signed.targets
+        yield Reader(store, root, folder)
+
+
+@contextmanager
+def reported(store: str) -> Iterator[None]:
+    """Say in one line of the project's own why a store is not believed.
+
+    Args:
+        store: Its address.
+
+    Raises:
+        ReleaseError: Instead of what the reference client and the system raise.
+    """
+    try:
+        yield
+    except ExpiredMetadataError as error:
+        raise ReleaseError(
+            f"{store} is out of date: {error}; its publisher must renew it"
+        ) from error
+    except (RepositoryError, DownloadError) as error:
+        # The first line: some of these messages go on to quote the whole metadata.
+        reason = str(error).partition("\n")[0][:200]
+        raise ReleaseError(f"{store} holds nothing that can be trusted: {reason}") from error
+    except OSError as error:
+        raise ReleaseError(f"cannot verify {store} here: {error.strerror}") from error
+
+
+def payload_name(info: TargetFile) -> str:
+    """Return the name of a file in the store, which begins with its digest."""
+    return f"targets/{info.get_prefixed_paths()[0]}"
 
 
 def trusted_root(data: bytes) -> Root:
@@ -127,40 +207,91 @@ def trusted_root(data: bytes) -> Root:
     root = Metadata[Root].from_bytes(data).signed
     if not isinstance(root, Root):
         raise RepositoryError(f"the trusted root is {root.type} metadata")
-    return _verified(data, Root, root)
+    return verified(data, Root, root)
 
 
-def _newest_root(store: Store, root: Root) -> Root:
+def newest_root(store: Store, root: Root) -> Root:
+    """Follow the roots of a store, each signed by the one before and by itself.
+
+    Args:
+        store: Where to read.
+        root: A root that is trusted already.
+
+    Returns:
+        The newest root.
+
+    Raises:
+        RepositoryError: A root is out of turn or not signed by enough, or the newest has expired.
+    """
     while found := store.read(f"metadata/{root.version + 1}.root.json"):
-        new = _verified(found[0], Root, _verified(found[0], Root, root))
-        if new.version != root.version + 1:
-            raise RepositoryError(f"root version {new.version} stands for {root.version + 1}")
-        root = new
+        root = successor(found[0], root)
     if root.is_expired():
         raise ExpiredMetadataError("root.json is expired")
     return root
 
 
-def _read_listed(store: Store, kind: type[Part], meta: MetaFile | None, root: Root) -> Part:
+def _read_listed(
+    store: Store, kind: type[Part], meta: MetaFile | None, by: Root | Targets, role: str = ""
+) -> Part:
+    role = role or kind.type
     if meta is None:
-        raise RepositoryError(f"no {kind.type} is listed")
-    name = f"metadata/{meta.version}.{kind.type}.json"
+        raise RepositoryError(f"no {role} is listed")
+    name = f"metadata/{meta.version}.{role}.json"
     found = store.read(name)
     if found is None:
         raise RepositoryError(f"{name} is missing")
     meta.verify_length_and_hashes(found[0])
-    part = _verified(found[0], kind, root)
+    part = verified(found[0], kind, by, role)
     if part.version != meta.version:
         raise RepositoryError(f"{name} holds version {part.version}")
     return part
 
 
-def _verified(data: bytes, kind: type[Part], root: Root) -> Part:
+def _read_delegated(store: Store, role: str, snapshot: Snapshot, delegator: Targets) -> Targets:
+    listed = snapshot.meta.get(f"{role}.json")
+    if listed is None:
+        empty = Targets()
+        empty.version = 0
+        return empty
+    return _read_listed(store, Targets, listed, delegator, role)
+
+
+def verified(data: bytes, kind: type[Part], by: Root | Targets, role: str = "") -> Part:
+    """Read metadata that enough keys have signed.
+
+    Args:
+        data: The metadata, as signed.
+        kind: What it must be.
+        by: Who names the keys.
+        role: Whose keys; empty for those of the kind.
+
+    Raises:
+        RepositoryError: It is something else, or not signed by enough.
+    """
     metadata = Metadata[Part].from_bytes(data)
     if not isinstance(metadata.signed, kind):
         raise RepositoryError(f"expected {kind.type}, got {metadata.signed.type}")
-    root.verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)
+    try:
+        by.verify_delegate(role or kind.type, metadata.signed_bytes, metadata.signatures)
+    except ValueError as error:
+        raise RepositoryError(f"nobody may sign {role or kind.type}: {error}") from error
     return metadata.signed
+
+
+def successor(data: bytes, root: Root) -> Root:
+    """Read the root that follows another: signed by its keys and by those it names itself.
+
+    Args:
+        data: The new root, as signed.
+        root: The root before.
+
+    Raises:
+        RepositoryError: It does not follow.
+    """
+    new = verified(data, Root, verified(data, Root, root))
+    if new.version != root.version + 1:
+        raise RepositoryError(f"root version {new.version} stands for {root.version + 1}")
+    return new
 
 
 class _StoreFetcher(FetcherInterface):
