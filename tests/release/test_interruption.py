@@ -42,7 +42,7 @@ def _in_child(action):
     return child
 
 
-def _killed_at_change(number, action):
+def killed_at_change(number, action):
     """Run an action in a child that is killed just before it changes the disk for the nth time."""
     changes = 0
 
@@ -80,7 +80,7 @@ def test_a_publisher_killed_anywhere_leaves_the_old_release(tmp_path, keys, root
         def publish_new(store=store):
             publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
 
-        if not _killed_at_change(number, publish_new):
+        if not killed_at_change(number, publish_new):
             break
         _check_whole(contents(store))
         kills += 1
@@ -102,7 +102,7 @@ def test_a_first_publisher_killed_anywhere_can_be_followed_by_another(tmp_path):
         def publish_new(store=store, keys=keys):
             publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
 
-        if not _killed_at_change(number, publish_new):
+        if not killed_at_change(number, publish_new):
             break
         publish_new()
         assert fetch(store, "models/demo/b/file", root=(keys / "root.json").read_bytes()) == NEW

@@ -1,0 +1,126 @@
+"""What a channel says: the fields of ``channels/<hardware>/<channel>.json``, as in ADR 0019."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from filterpress.errors import ReleaseError
+from filterpress.release.repository import is_segment
+
+Json = dict[str, Any]
+
+ANY, STABLE = "any", "stable"
+SCHEMA = 1
+ALL = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What a vehicle checks before it trusts a network.
+
+    Attributes:
+        seed: Of the images that it makes.
+        count: Number of images.
+        atol: How far each output may be from that of the publisher.
+        max_ms: Longest median time of one image, in milliseconds; 0 for no bound.
+        max_mb: Most memory of the process that tries it, in MB; 0 for no bound.
+    """
+
+    seed: int = 0
+    count: int = 4
+    atol: float = 1e-3
+    max_ms: int = 0
+    max_mb: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """What a channel says.
+
+    Attributes:
+        path: Of the channel in the store's signed list.
+        content: Its fields.
+        changed: Whether the call that returned this changed it.
+    """
+
+    path: str
+    content: Json
+    changed: bool
+
+
+def path_of(hardware: str, channel: str) -> str:
+    """Return the path of a channel in a store.
+
+    Raises:
+        ValueError: A name cannot be part of a path.
+
+    Example:
+        >>> path_of("any", "stable")
+        'channels/any/stable.json'
+    """
+    for name, value in (("hardware", hardware), ("channel", channel)):
+        if not is_segment(value):
+            raise ValueError(
+                f"{name} must be letters, digits, '.', '_' and '-', not '.' first, got {value!r}"
+            )
+    return f"channels/{hardware}/{channel}.json"
+
+
+def parse(path: str, data: bytes) -> Json:
+    """Read the fields of a channel.
+
+    Raises:
+        ReleaseError: They are not those of this version.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ReleaseError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ReleaseError(f"{path} must have the schema {SCHEMA}: update filterpress")
+    return content
+
+
+def basis_points(percent: float) -> int:
+    """Return a share in hundredths of a per cent.
+
+    Raises:
+        ValueError: It is not from 0 to 100.
+
+    Example:
+        >>> basis_points(12.5)
+        1250
+    """
+    if not 0 <= percent <= ALL:
+        raise ValueError(f"percent must be from 0 to 100, got {percent!r}")
+    return round(percent * 100)
+
+
+def checked_cohorts(cohorts: Sequence[str]) -> list[str]:
+    """Return the names of cohorts.
+
+    Raises:
+        ValueError: One is no plain name.
+    """
+    if isinstance(cohorts, str) or not all(map(is_segment, cohorts)):
+        raise ValueError(f"cohorts must be names of letters, digits, '_' and '-', got {cohorts!r}")
+    return list(cohorts)
+
+
+def checked_time(text: str) -> str:
+    """Return a time with its zone as RFC 3339 writes it, or nothing.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        known = not text or datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"not_before must be a time such as 2027-01-31T06:00:00Z, got {text!r}")
+    return text

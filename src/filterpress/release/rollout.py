@@ -1,0 +1,330 @@
+"""Channels: which vehicles shall run which release.
+
+A channel is a signed file that any vehicle reads and judges for itself: no server knows the fleet.
+It is signed by a role of its own, ``rollout``, that cannot release anything: a channel only names
+what the role ``release`` has signed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tuf.api.metadata import TargetFile
+
+from filterpress.codec.graph import to_onnx
+from filterpress.errors import ReleaseError
+from filterpress.release import golden
+from filterpress.release.channel import (
+    ALL,
+    ANY,
+    SCHEMA,
+    STABLE,
+    Channel,
+    Check,
+    Json,
+    basis_points,
+    checked_cohorts,
+    checked_time,
+    parse,
+    path_of,
+)
+from filterpress.release.repository import (
+    COUNTER,
+    HARDWARE,
+    add_deltas,
+    counter_of,
+    deltas_to,
+    model_folder,
+    next_counter,
+    small_delta,
+)
+from filterpress.release.store import open_store
+from filterpress.release.transaction import Draft, transact
+from filterpress.release.trust import RELEASE, ROLLOUT, open_reader, reported
+
+_log = logging.getLogger(__name__)
+
+
+def publish(
+    target: str,
+    *,
+    store: str,
+    keys: Path,
+    hardware: str = ANY,
+    channel: str = STABLE,
+    percent: float = ALL,
+    cohorts: Sequence[str] = (),
+    not_before: str = "",
+    check: Check | None = None,
+    run: str = "",
+) -> Channel:
+    """Let a channel name a release.
+
+    A channel that names it already is left as it is, with the share it has been ramped to; so is
+    one that names a later release.
+
+    Args:
+        target: Path of a release in the store.
+        store: Directory or ``gs://bucket/prefix``.
+        keys: Folder of keys; those of ``rollout``, ``snapshot`` and ``timestamp`` are enough.
+        hardware: Kind of vehicle that the channel is for.
+        channel: Name of the channel.
+        percent: Share of the vehicles that take part, 0 to 100 in hundredths.
+        cohorts: Vehicles of these groups take part whatever the share is.
+        not_before: When to begin, such as 2027-01-31T06:00:00Z; empty for now.
+        check: What vehicles check before they trust it; the defaults of `Check` without it.
+        run: What made the release, for the record.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ValueError: An argument is outside these bounds.
+        BitstreamError: The release holds no network.
+        ReleaseError: There is no such release for this hardware, or the store or the keys cannot be
+            used or trusted.
+    """
+    path = path_of(hardware, channel)
+    rollout = {
+        "percent_bp": basis_points(percent),
+        "cohorts": checked_cohorts(cohorts),
+        "not_before": checked_time(not_before),
+        "halted": False,
+    }
+    health = _health(check or Check())
+
+    def edit(draft: Draft) -> Channel:
+        info = draft.listed(RELEASE).get(target)
+        if info is None or not counter_of(info):
+            raise ReleaseError(f"{store} has no release {target}")
+        _check_made_for(info, hardware)
+        before = _read(draft, path)
+        if before and before[COUNTER] >= counter_of(info):
+            if before[COUNTER] > counter_of(info):
+                _log.warning("%s names release %s already: left so", path, before[COUNTER])
+            return Channel(path=path, content=before, changed=False)
+        names = {"hardware": hardware, "channel": channel, "run": run}
+        return _write(draft, path, _content(draft, info, names, rollout, health))
+
+    return transact(store, keys, edit)
+
+
+def ramp(
+    percent: float,
+    *,
+    store: str,
+    keys: Path,
+    hardware: str = ANY,
+    channel: str = STABLE,
+) -> Channel:
+    """Change the share of the vehicles that take part; those that did before still do.
+
+    Args:
+        percent: New share, 0 to 100 in hundredths. A smaller one calls nobody back.
+        store: Directory or ``gs://bucket/prefix``.
+        keys: Folder of keys; those of ``rollout``, ``snapshot`` and ``timestamp`` are enough.
+        hardware: Kind of vehicle that the channel is for.
+        channel: Name of the channel.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ValueError: The share is outside these bounds.
+        ReleaseError: There is no such channel, or the store or the keys cannot be used or trusted.
+    """
+    change = {"percent_bp": basis_points(percent)}
+    return _change(change, path_of(hardware, channel), store, keys)
+
+
+def halt(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) -> Channel:
+    """Stop a channel: no further vehicle takes the release until `resume`.
+
+    Args:
+        store: As for `ramp`.
+        keys: As for `ramp`.
+        hardware: As for `ramp`.
+        channel: As for `ramp`.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ReleaseError: As for `ramp`.
+    """
+    return _change({"halted": True}, path_of(hardware, channel), store, keys)
+
+
+def resume(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) -> Channel:
+    """Let a halted channel go on at the share it had.
+
+    Args:
+        store: As for `ramp`.
+        keys: As for `ramp`.
+        hardware: As for `ramp`.
+        channel: As for `ramp`.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ReleaseError: As for `ramp`.
+    """
+    return _change({"halted": False}, path_of(hardware, channel), store, keys)
+
+
+def recall(
+    to: int,
+    *,
+    store: str,
+    keys: Path,
+    hardware: str = ANY,
+    channel: str = STABLE,
+    percent: float = ALL,
+    n_deltas: int = 3,
+) -> Channel:
+    """Send vehicles back to the bytes of an earlier release, under a higher counter.
+
+    Counters never fall, on no vehicle: the old bytes are released once more, and the channel names
+    them, in one step. What vehicles check, and the cohorts, stay as they are; a halt ends.
+
+    Args:
+        to: Counter of the release to go back to.
+        store: Directory or ``gs://bucket/prefix``.
+        keys: Folder of keys; those of ``release`` and ``rollout`` are both needed.
+        hardware: Kind of vehicle that the channel is for.
+        channel: Name of the channel.
+        percent: Share of the vehicles that go back at once.
+        n_deltas: As for `filterpress.release.publish`.
+
+    Returns:
+        The channel; it is left as it is if it names these bytes already.
+
+    Raises:
+        ValueError: The share is outside its bounds.
+        ReleaseError: There is no such channel or release, or the store or the keys cannot be used
+            or trusted.
+    """
+    path, percent_bp = path_of(hardware, channel), basis_points(percent)
+    change = cache(small_delta)  # a publisher that has to try again has them already
+
+    def edit(draft: Draft) -> Channel:
+        before = _read_known(draft, path, store)
+        listed = draft.listed(RELEASE)
+        old = next((info for info in listed.values() if counter_of(info) == to), None)
+        if old is None:
+            raise ReleaseError(f"{store} has no release with the counter {to}")
+        _check_made_for(old, hardware)
+        if before["sha256"] == old.hashes["sha256"]:
+            return Channel(path=path, content=before, changed=False)
+        counter, file = next_counter(draft), draft.read(old)
+        target = f"{model_folder(old)}-{counter}/{Path(old.path).name}"
+        new = draft.add(RELEASE, target, file, {**(old.custom or {}), COUNTER: counter})
+        add_deltas(draft, new, file, n_deltas, change)
+        rollout = {**before["rollout"], "percent_bp": percent_bp, "not_before": "", "halted": False}
+        health = _health(_check_of(before))
+        names = before | {"run": f"recall to release {to}"}
+        return _write(draft, path, _content(draft, new, names, rollout, health))
+
+    return transact(store, keys, edit)
+
+
+def read(store: str, *, root: bytes, hardware: str = ANY, channel: str = STABLE) -> Channel:
+    """Read a channel as a vehicle does.
+
+    Args:
+        store: Directory or ``gs://bucket/prefix``.
+        root: The trusted root, as signed.
+        hardware: Kind of vehicle that the channel is for.
+        channel: Name of the channel.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ReleaseError: There is none, or something is unsigned, altered or expired.
+    """
+    path = path_of(hardware, channel)
+    with reported(store), open_reader(open_store(store), root) as reader:
+        info = reader.find(path)
+        if info is None:
+            raise ReleaseError(f"{store} has no channel {hardware}/{channel}")
+        return Channel(path=path, content=parse(path, reader.read(info)), changed=False)
+
+
+def _change(change: Json, path: str, store: str, keys: Path) -> Channel:
+    def edit(draft: Draft) -> Channel:
+        before = _read_known(draft, path, store)
+        rollout = before["rollout"] | change
+        if rollout == before["rollout"]:
+            return Channel(path=path, content=before, changed=False)
+        return _write(draft, path, before | {"rollout": rollout})
+
+    return transact(store, keys, edit)
+
+
+def _content(
+    draft: Draft,
+    info: TargetFile,
+    names: Mapping[str, Any],
+    rollout: Json,
+    health: Callable[[bytes], Json],
+) -> Json:
+    deltas = deltas_to(draft.listed(RELEASE), info)
+    return {
+        "schema": SCHEMA,
+        "name": info.path.split("/")[1],
+        "hardware": names["hardware"],
+        "channel": names["channel"],
+        "release_counter": counter_of(info),
+        "target": info.path,
+        "sha256": info.hashes["sha256"],
+        "n_bytes": info.length,
+        "deltas": [{"from_sha256": old, "target": delta.path} for old, delta in deltas.items()],
+        # A salt of its own for each release, so that not the same drivers are always first.
+        "rollout": {**rollout, "salt": secrets.token_hex(8)},
+        "health": health(draft.read(info)),
+        "run": names["run"],
+    }
+
+
+def _check_made_for(info: TargetFile, hardware: str) -> None:
+    made_for = (info.custom or {}).get(HARDWARE, [])
+    if not {ANY, hardware} & set(made_for):
+        raise ReleaseError(f"{info.path} is made for {', '.join(made_for)}, not for {hardware}")
+
+
+def _health(check: Check) -> Callable[[bytes], Json]:
+    @cache
+    def outputs(file: bytes) -> list[list[float]]:
+        return golden.outputs(to_onnx(file), check.seed, check.count)
+
+    return lambda file: {**asdict(check), "outputs": outputs(file)}
+
+
+def _check_of(content: Json) -> Check:
+    return Check(**{name: value for name, value in content["health"].items() if name != "outputs"})
+
+
+def _read(draft: Draft, path: str) -> Json | None:
+    info = draft.listed(ROLLOUT).get(path)
+    return parse(path, draft.read(info)) if info else None
+
+
+def _read_known(draft: Draft, path: str, store: str) -> Json:
+    content = _read(draft, path)
+    if content is None:
+        raise ReleaseError(f"{store} has no channel {path}: publish a release to it first")
+    return content
+
+
+def _write(draft: Draft, path: str, content: Json) -> Channel:
+    draft.add(ROLLOUT, path, json.dumps(content, indent=1).encode() + b"\n", {})
+    return Channel(path=path, content=content, changed=True)
