@@ -370,9 +370,9 @@ def take_two(folder, role):
 def test_a_role_that_takes_two_signatures_is_not_signed_with_one(tmp_path, keys, contents, role):
     folder, store = shutil.copytree(keys, tmp_path / "keys"), tmp_path / "store"
     take_two(folder, role)
-    with pytest.raises(ReleaseError, match=f"{role} was signed by 1/2 keys"):
+    with pytest.raises(ReleaseError, match=f"{role} takes 2 signatures: .* has keys for 1"):
         publish(FILE, target="models/demo/a/file", custom={}, store=str(store), keys=folder)
-    assert f"metadata/1.{role}.json" not in contents(store)
+    assert not contents(store)
 
 
 @pytest.mark.parametrize("role", ["release", "snapshot"])

@@ -117,7 +117,7 @@ class Draft:
         self._renewing = True
 
     def sign_again(self, role: str) -> None:
-        """Sign the list of a role anew though nothing in it changed."""
+        """Sign what a role signs anew though nothing in it changed."""
         self._changed.add(role)
 
     def due(self, keys: Keys) -> set[str]:
@@ -126,7 +126,7 @@ class Draft:
         due = {
             role
             for role, part in parts.items()
-            if self._is_due(role, part) and keys.can_sign(role, _signed_by(role, self.state))
+            if self._is_due(role, part) and keys.can_sign(role, signed_by(role, self.state))
         }
         return due | self._changed
 
@@ -209,8 +209,7 @@ def commit(store: Store, draft: Draft, keys: Keys, new_targets: bytes | None = N
     state, due = draft.state, draft.due(keys)
     if not (due or new_targets or draft.is_stale()):
         return
-    for role in (*due, Snapshot.type, Timestamp.type):
-        keys.signers(role, _signed_by(role, state))  # refuse before anything is written
+    check_keys(draft, keys)
     if state.generation == 0 and new_targets is None:
         create_or_refuse(store, f"metadata/{state.root.version}.root.json", keys.root)
         new_targets = keys.first_targets
@@ -232,6 +231,21 @@ def commit(store: Store, draft: Draft, keys: Keys, new_targets: bytes | None = N
     # The commit point. The generation was read before all that the new metadata builds on.
     signed = _signed(Timestamp.type, state.timestamp, state, keys)
     store.replace(TIMESTAMP, signed, state.generation)
+
+
+def check_keys(draft: Draft, keys: Keys) -> None:
+    """Refuse to begin what cannot be signed to the end.
+
+    Raises:
+        ReleaseError: There are too few keys at hand.
+    """
+    for role in sorted({*draft.due(keys), Snapshot.type, Timestamp.type}):
+        by = signed_by(role, draft.state)
+        n_keys, threshold = len(keys.signers(role, by)), by.get_delegated_role(role).threshold
+        if n_keys < threshold:
+            raise ReleaseError(
+                f"{role} takes {threshold} signatures: {keys.folder} has keys for {n_keys}"
+            )
 
 
 def create_or_refuse(store: Store, name: str, data: bytes) -> None:
@@ -261,7 +275,7 @@ def _issue(store: Store, role: str, part: Part, state: State, keys: Keys) -> Met
 def _signed(role: str, part: Part, state: State, keys: Keys) -> bytes:
     part.expires = (datetime.now(UTC) + keys.life(role)).replace(microsecond=0)
     metadata = Metadata(part)
-    by = _signed_by(role, state)
+    by = signed_by(role, state)
     for signer in keys.signers(role, by):
         metadata.sign(signer, append=True)
     # Never upload what a reader will refuse.
@@ -269,7 +283,8 @@ def _signed(role: str, part: Part, state: State, keys: Keys) -> bytes:
     return metadata.to_bytes(JSONSerializer(compact=True))
 
 
-def _signed_by(role: str, state: State) -> Root | Targets:
+def signed_by(role: str, state: State) -> Root | Targets:
+    """Return who names the keys of a role."""
     return state.targets if role in DELEGATED else state.root
 
 

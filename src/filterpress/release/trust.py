@@ -211,6 +211,22 @@ def trusted_root(data: bytes) -> Root:
 
 
 def newest_root(store: Store, root: Root) -> Root:
+    """Return the newest root of a store, which must not have expired.
+
+    Args:
+        store: Where to read.
+        root: A root that is trusted already.
+
+    Raises:
+        RepositoryError: A root is out of turn or not signed by enough, or the newest has expired.
+    """
+    newest = roots_from(store, root)[-1]
+    if newest.is_expired():
+        raise ExpiredMetadataError("root.json is expired")
+    return newest
+
+
+def roots_from(store: Store, root: Root) -> list[Root]:
     """Follow the roots of a store, each signed by the one before and by itself.
 
     Args:
@@ -218,16 +234,15 @@ def newest_root(store: Store, root: Root) -> Root:
         root: A root that is trusted already.
 
     Returns:
-        The newest root.
+        The roots, oldest first, beginning with the given one.
 
     Raises:
-        RepositoryError: A root is out of turn or not signed by enough, or the newest has expired.
+        RepositoryError: A root is out of turn or not signed by enough.
     """
-    while found := store.read(f"metadata/{root.version + 1}.root.json"):
-        root = successor(found[0], root)
-    if root.is_expired():
-        raise ExpiredMetadataError("root.json is expired")
-    return root
+    roots = [root]
+    while found := store.read(f"metadata/{roots[-1].version + 1}.root.json"):
+        roots.append(successor(found[0], roots[-1]))
+    return roots
 
 
 def _read_listed(
