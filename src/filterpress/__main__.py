@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from filterpress import files, stages, terminal
+from filterpress import files, release_commands, stages, terminal
 from filterpress.flags import Debug, Json, with_flags_of
 from filterpress.loop import compress
 
@@ -24,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(release_commands.app)
 
 
 def main() -> None:

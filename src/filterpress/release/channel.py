@@ -85,6 +85,29 @@ def parse(path: str, data: bytes) -> Json:
     return content
 
 
+def terms(percent: float, cohorts: Sequence[str], not_before: str) -> Json:
+    """Return who takes part from when, as a channel says it.
+
+    Args:
+        percent: Share of the vehicles, 0 to 100.
+        cohorts: Names of groups that take part whatever the share is.
+        not_before: A time with its zone as RFC 3339 writes it, or nothing.
+
+    Raises:
+        ValueError: An argument is outside these bounds.
+
+    Example:
+        >>> terms(12.5, ["test"], "")
+        {'percent_bp': 1250, 'cohorts': ['test'], 'not_before': '', 'halted': False}
+    """
+    return {
+        "percent_bp": basis_points(percent),
+        "cohorts": _checked_cohorts(cohorts),
+        "not_before": _checked_time(not_before),
+        "halted": False,
+    }
+
+
 def basis_points(percent: float) -> int:
     """Return a share in hundredths of a per cent.
 
@@ -100,23 +123,13 @@ def basis_points(percent: float) -> int:
     return round(percent * 100)
 
 
-def checked_cohorts(cohorts: Sequence[str]) -> list[str]:
-    """Return the names of cohorts.
-
-    Raises:
-        ValueError: One is no plain name.
-    """
+def _checked_cohorts(cohorts: Sequence[str]) -> list[str]:
     if isinstance(cohorts, str) or not all(map(is_segment, cohorts)):
         raise ValueError(f"cohorts must be names of letters, digits, '_' and '-', got {cohorts!r}")
     return list(cohorts)
 
 
-def checked_time(text: str) -> str:
-    """Return a time with its zone as RFC 3339 writes it, or nothing.
-
-    Raises:
-        ValueError: It is neither.
-    """
+def _checked_time(text: str) -> str:
     try:
         known = not text or datetime.fromisoformat(text).tzinfo is not None
     except ValueError:

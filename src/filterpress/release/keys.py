@@ -181,6 +181,27 @@ def load_keys(folder: Path, *, development: bool) -> Keys:
     )
 
 
+def keys_for(store: str, keys: str) -> Path:
+    """Return the folder of keys to use for a store.
+
+    Args:
+        store: Directory or ``gs://bucket/prefix``.
+        keys: The folder; empty for the folder ``keys`` beside a local store.
+
+    Raises:
+        ValueError: A bucket needs a folder that is named.
+
+    Example:
+        >>> keys_for("gs://bucket/ota", "/etc/keys")
+        PosixPath('/etc/keys')
+    """
+    if keys:
+        return Path(keys)
+    if store.startswith("gs://"):
+        raise ValueError(f"keys must name the folder of signing keys for {store}, got none")
+    return Path(store).resolve().parent / "keys"
+
+
 def open_signer(uri: str, key: Key, folder: Path) -> Signer:
     """Open a private key.
 

@@ -11,6 +11,7 @@ Reference:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,47 @@ def publish(
         return _release(store, draft.listed(RELEASE), listed, created=new)
 
     return transact(store, keys, edit)
+
+
+def publish_network(
+    file: bytes,
+    *,
+    name: str,
+    custom: Mapping[str, Any],
+    store: str,
+    keys: Path,
+    hardware: Sequence[str] = ("any",),
+) -> Release:
+    """Release an encoded file under its name and digest, so that a retry issues nothing new.
+
+    Args:
+        file: An encoded file.
+        name: Name of the network.
+        custom: As for `publish`.
+        store: As for `publish`.
+        keys: As for `publish`.
+        hardware: As for `publish`.
+
+    Returns:
+        The release, ``models/<name>/<first 16 of its digest>/model.fpk``.
+
+    Raises:
+        ValueError: As for `publish`, and for a name that cannot be part of a path.
+        ReleaseError: As for `publish`.
+    """
+    if not is_segment(name):
+        raise ValueError(
+            f"name must be letters, digits, '.', '_' and '-', not '.' first, got {name!r}"
+        )
+    digest = hashlib.sha256(file).hexdigest()
+    return publish(
+        file,
+        target=f"models/{name}/{digest[:16]}/model.fpk",
+        custom=custom,
+        store=store,
+        keys=keys,
+        hardware=hardware,
+    )
 
 
 def refresh(*, store: str, keys: Path) -> None:

@@ -30,10 +30,9 @@ from filterpress.release.channel import (
     Check,
     Json,
     basis_points,
-    checked_cohorts,
-    checked_time,
     parse,
     path_of,
+    terms,
 )
 from filterpress.release.repository import (
     COUNTER,
@@ -92,12 +91,7 @@ def publish(
             used or trusted.
     """
     path = path_of(hardware, channel)
-    rollout = {
-        "percent_bp": basis_points(percent),
-        "cohorts": checked_cohorts(cohorts),
-        "not_before": checked_time(not_before),
-        "halted": False,
-    }
+    rollout = terms(percent, cohorts, not_before)
     health = _health(check or Check())
 
     def edit(draft: Draft) -> Channel:
