@@ -112,6 +112,8 @@ def define(stairs: Stairs) -> GraphComponent:
         store: str = "",
         keys: str = "",
         name: str = NAME,
+        channel: str = "any/stable",
+        percent: float = 100.0,
     ):
         """Compress a trained CNN to a storage budget and an accuracy floor, and publish it signed.
 
@@ -139,6 +141,8 @@ def define(stairs: Stairs) -> GraphComponent:
             keys: Folder of the signing keys, outside of the store; empty makes development keys
                 beside a store that is a folder.
             name: Name of the network in the store.
+            channel: Kind of vehicle and channel, such as any/stable; empty for none.
+            percent: Share of these vehicles that take part at once.
         """
         given = locals()
         trained = call(train, given, config=train_config).outputs["trained"]

@@ -11,6 +11,8 @@ def publish(
     store: str,
     keys: str,
     name: str,
+    channel: str,
+    percent: float,
     max_size: str,
     min_accuracy: str,
     data: str,
@@ -28,13 +30,15 @@ def publish(
         store: Folder or bucket to publish to.
         keys: Folder of the signing keys, outside of the store.
         name: Name of the network in the store.
+        channel: Kind of vehicle and channel, such as any/stable; empty for none.
+        percent: Share of these vehicles that take part at once.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
         data: Data set.
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
-        release: Receipt: where the release is and its digest.
+        release: Receipt: store, target, digest, release counter, bytes in full and as a delta.
         page: The story of the run.
         report: What the stage found.
     """
@@ -48,6 +52,8 @@ def publish(
         store=store,
         keys=keys,
         name=name,
+        channel=channel,
+        percent=percent,
         max_size=max_size,
         min_accuracy=min_accuracy,
         data=data,
@@ -56,4 +62,5 @@ def publish(
         task=task,
         html=Path(page.path),
     )
+    release.metadata.update(found)
     recording.record(found, report)

@@ -16,16 +16,18 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from filterpress import package, reporting, stages
 from filterpress.__main__ import app
-from filterpress.errors import BudgetError, DataError, ModelError, PackageError
+from filterpress.codec import decode, encode, make_delta
+from filterpress.errors import BudgetError, DataError, ModelError, PackageError, ReleaseError
 from filterpress.methods import Outcome
 from filterpress.methods.merge_filters import MergeConfig
-from filterpress.release import create_keys, fetch, latest
+from filterpress.release import create_keys, fetch, latest, publish_network, rollout
 from filterpress.stages import shrinking
 from tests import tiny
 from tests.tiny import FILES
@@ -299,6 +301,50 @@ def test_publication_is_idempotent(publish, tmp_path):
         k: v for k, v in second.items() if k != "created"
     }
     assert {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()} == before
+
+
+def test_publication_lets_a_channel_name_the_release(publish, keys, tmp_path):
+    report = publish(min_accuracy="0.5", channel="cam-v2/canary", percent=12.5)
+    root = (keys / "root.json").read_bytes()
+    given = {"hardware": "cam-v2", "channel": "canary"}
+    channel = rollout.read(str(tmp_path / "store"), root=root, **given)
+    assert report["channel"] == channel.path
+    names = ("target", "release_counter", "sha256", "n_bytes")
+    assert {name: channel.content[name] for name in names} == {name: report[name] for name in names}
+    assert channel.content["rollout"]["percent_bp"] == 1250
+    assert (report["release_counter"], report["delta_bytes"]) == (1, 0)
+
+
+def test_publication_without_a_channel_releases_only(publish, keys, tmp_path):
+    report = publish(min_accuracy="0.5", channel="")
+    assert report["channel"] == ""
+    with pytest.raises(ReleaseError, match="has no channel any/stable"):
+        rollout.read(str(tmp_path / "store"), root=(keys / "root.json").read_bytes())
+
+
+def test_a_second_publication_says_how_many_bytes_its_delta_has(publish, made, keys, tmp_path):
+    new = (made / "good" / "model.fpk").read_bytes()
+    tensors, graph, header = decode(new)
+    name, tensor = max(tensors.items(), key=lambda item: item[1].integers.size)
+    moved = tensor._replace(
+        integers=tensor.integers
+        + (np.arange(tensor.integers.size) == 0).reshape(tensor.integers.shape)
+    )
+    old = encode({**tensors, name: moved}, graph, header)
+    given = {"custom": {}, "store": str(tmp_path / "store"), "keys": keys}
+    publish_network(old, name="filterpress", **given)
+    report = publish(min_accuracy="0.5")
+    assert report["release_counter"] == 2
+    assert report["delta_bytes"] == len(make_delta(old, new)) < 0.7 * report["n_bytes"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"channel": "stable"}, {"channel": "a/b/c"}, {"channel": "/x"}, {"percent": 101.0}]
+)
+def test_a_channel_that_cannot_be_is_refused_before_anything_is_released(wrong, publish, tmp_path):
+    with pytest.raises(ValueError, match=r"(hardware|channel|percent) must be"):
+        publish(min_accuracy="0.5", **wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def compress(
     store: str = "",
     keys: str = "",
     name: str = "filterpress",
+    channel: str = "any/stable",
+    percent: float = 100.0,
     train_config: str = "{}",
     prune_config: str = "{}",
     cluster_config: str = "{}",
@@ -70,6 +72,9 @@ def compress(
         keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
             store, where development keys are made if there are none.
         name: Name of the network in the store.
+        channel: Kind of vehicle and name of the channel that shall name the release; empty for
+            none.
+        percent: Share of these vehicles that take part at once.
         train_config: JSON object with fields of FitConfig, such as {"epochs": 10}.
         prune_config: JSON object with a method of the prune stage and fields of its config.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.

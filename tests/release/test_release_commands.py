@@ -20,7 +20,8 @@ ONE, TWO = network(weight(0)), network(weight(0, 0.05))
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["release", *map(str, arguments)])
+    wide = {"COLUMNS": "300"}  # so that no cell of a table is folded
+    return CliRunner().invoke(app, ["release", *map(str, arguments)], env=wide)
 
 
 def report_of(*arguments):

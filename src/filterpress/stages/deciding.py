@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from filterpress import files
 from filterpress.budget import SMALLEST, decide, parse_accuracy
@@ -125,6 +126,8 @@ def publish(
     store: str = "",
     keys: str = "",
     name: str = "filterpress",
+    channel: str = "any/stable",
+    percent: float = 100.0,
     max_size: str = "12x",
     min_accuracy: str = "-1pp",
     data: str = "digits",
@@ -135,6 +138,9 @@ def publish(
 ) -> Report:
     """Sign the evaluated file and release it, once both thresholds hold for the file itself.
 
+    A channel then says which vehicles shall run it. Publishing the same file again issues nothing
+    new, and leaves the channel at the share that it has been ramped to.
+
     Args:
         model: Evaluated package.
         out: Folder to write, with the receipt, report.json.
@@ -143,6 +149,9 @@ def publish(
         keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
             store, where development keys are made if there are none.
         name: Name of the network in the repository.
+        channel: Kind of vehicle and name of the channel that shall name the release; empty for
+            none.
+        percent: Share of these vehicles that take part at once.
         max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
         min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
         data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
@@ -152,13 +161,23 @@ def publish(
         html: File for the report page of the run; none is written without it.
 
     Returns:
-        Report with the release: store, target, digest and version.
+        Report with the release: ``store``, ``target``, ``sha256``, ``release_counter``,
+        ``n_bytes``, ``delta_bytes`` of the smallest delta from a release before (0 without one),
+        and ``channel``.
 
     Raises:
+        ValueError: The channel or the share cannot be used; nothing is published.
         BudgetError: A threshold does not hold; nothing is published.
     """
     from filterpress import measurement, package, release, reporting
+    from filterpress.release import rollout
+    from filterpress.release.channel import path_of, terms
+    from filterpress.release.keys import keys_for
 
+    hardware, _, channel_name = channel.partition("/")
+    # Before anything is released, so that a mistake here leaves nothing behind.
+    terms(percent, (), "")
+    path = path_of(hardware, channel_name) if channel else ""
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy)
     encoded = encoded_file(model)
@@ -167,22 +186,30 @@ def publish(
     files.refuse_existing(out)
     measured = measurement.measure(encoded, its_task)
     require(budget, measured["n_bytes"], measured["validation_accuracy"])
-    digest = evaluated["sha256"]
     with files.new_directory(out) as draft, tempfile.TemporaryDirectory() as fresh:
-        issued = release.publish(
+        place: dict[str, Any] = {
+            "store": store or str(draft / "release"),
+            "keys": keys_for(store, keys) if store or keys else Path(fresh) / "keys",
+        }
+        issued = release.publish_network(
             encoded,
-            target=f"models/{name}/{digest[:16]}/{ENCODED}",
+            name=name,
             # signed metadata knows no fractions: numbers travel as text
             custom={k: str(evaluated[k]) for k in SIGNED},
-            store=store or str(draft / "release"),
-            keys=_keys(store, keys, Path(fresh)),
+            **place,
         )
+        if channel:
+            rollout.publish(
+                issued.target, hardware=hardware, channel=channel_name, percent=percent, **place
+            )
         report = {k: v for k, v in evaluated.items() if k != "layers"} | {
             "stage": "publish",
             "decision": "publish",
             "store": store or str(out / "release"),
             "target": issued.target,
-            "version": issued.version,
+            "release_counter": issued.version,
+            "delta_bytes": min(issued.deltas.values(), default=0),
+            "channel": path,
             "created": issued.created,
         }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
@@ -221,12 +248,3 @@ def give_up(
         reporting.write_html(model, html)
     require(budget, evaluated["n_bytes"], evaluated["validation_accuracy"])
     return evaluated
-
-
-def _keys(store: str, keys: str, fresh: Path) -> Path:
-    """Return the folder of signing keys: the given one, or one for development."""
-    if keys:
-        return Path(keys)
-    if store.startswith("gs://"):
-        raise ValueError(f"keys must name the folder of signing keys for {store}, got none")
-    return Path(store).resolve().parent / "keys" if store else fresh / "keys"
