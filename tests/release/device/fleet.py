@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import math
 import threading
 import time
 import types
@@ -69,8 +70,8 @@ def _loop_for_ever(given):
 
 _TAILS = {
     "good": helper.make_node("Identity", ["z"], ["y"]),
-    "nan": helper.make_node("Log", ["z"], ["y"]),
-    "unknown operator": helper.make_node("Celu", ["z"], ["y"], alpha=0.0),
+    "not finite": helper.make_node("Div", ["z", "zero"], ["y"]),
+    "does not run": helper.make_node("Reshape", ["z", "seven"], ["y"]),
     "endless": _loop_for_ever("z"),
 }
 
@@ -90,6 +91,8 @@ def encoded(seed=0, width=4, kind="good"):
     constants = {
         **{name: weight.astype(np.float32) for name, weight in weights.items()},
         "flat": np.int64([0, -1]),
+        "seven": np.int64([7]),
+        "zero": np.float32(0),
         "true": np.bool_(True),
     }
     nodes = [
@@ -352,7 +355,7 @@ def serve(handler, path, change=bytes, ranges=True, stop=None):
     else:
         head(handler, 200, len(data))
     if stop is not None:
-        data = data[: int(len(data) * stop)]
+        data = data[: math.ceil(len(data) * stop)]
         handler.close_connection = True
     handler.wfile.write(data)
 

@@ -237,9 +237,11 @@ def _part(home: Path, info: TargetFile) -> Path:
 
 
 def _tidy(home: Path, keep: Collection[Path]) -> None:
-    for path in (home / "staging").iterdir():
-        if path not in keep:
-            path.unlink()
+    """Remove downloads that nobody needs any more, so that they stay away after a power cut."""
+    folder = home / "staging"
+    for path in set(folder.iterdir()) - set(keep):
+        path.unlink()
+        files.sync(folder)
 
 
 def _holds(path: Path, info: TargetFile) -> bool:

@@ -1,0 +1,123 @@
+"""Whatever stops an update at whatever moment, the vehicle drives on, and has the news next time.
+
+The disk fails at each operation in turn: the process is killed there, the power goes there and
+takes along what was not synchronised, the operation fails once, or all fail from there on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+
+import pytest
+
+from filterpress.codec.graph import to_onnx
+from filterpress.errors import ReleaseError
+from filterpress.release.device.vehicle import Outcome, Vehicle
+from tests.release.device.conftest import LIMITS, passes
+from tests.release.device.disk import KILLED, Disk
+from tests.release.device.fleet import V1, V2, digest
+
+FAULTS = ["kill", "power", "error", "broken"]
+EVERY = 12
+
+
+@pytest.fixture(params=["whole file", "delta"])
+def prepared(request, first, store, tmp_path):
+    """A vehicle that runs one release and is offered the next, with nothing left to compile."""
+    store.publish(V2, base=V1 if request.param == "delta" else None)
+    to_onnx(V2)
+    return first[1] / "home", str(store.path), tmp_path
+
+
+def cycle(home, store):
+    """Update and boot, whatever happens to the update."""
+    vehicle = Vehicle(home, limits=LIMITS, examine=passes)
+    with contextlib.suppress(ReleaseError):
+        vehicle.update(store)
+    return vehicle.boot()
+
+
+def in_child(action):
+    """Run an action in a process of its own; its result is the exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def operations(prepared):
+    """What an update does to the disk."""
+    base, store, folder = prepared
+    home = shutil.copytree(base, folder / "counted")
+    reading, writing = os.pipe()
+
+    def count():
+        disk = Disk(home, "none", 0)
+        disk.install()
+        assert cycle(home, store).manifest.sha256 == digest(V2)
+        os.write(writing, "\n".join(f"{kind} {name}" for kind, name in disk.log).encode())
+        return 0
+
+    assert in_child(count) == 0
+    os.close(writing)
+    with os.fdopen(reading) as log:
+        return [tuple(line.split()) for line in log.read().splitlines()]
+
+
+def survives(prepared, fault, at):
+    base, store, folder = prepared
+    home = shutil.copytree(base, folder / f"{fault}-{at}")
+
+    def fail():
+        Disk(home, fault, at).install()
+        running = cycle(home, store)
+        return 0 if running and running.manifest.sha256 in {digest(V1), digest(V2)} else 2
+
+    code = in_child(fail)
+    assert code == (KILLED if fault in {"kill", "power"} else 0)
+    # The power is back, and there is no network.
+    alone = Vehicle(home, limits=LIMITS, examine=passes).boot()
+    assert alone.manifest.sha256 in {digest(V1), digest(V2)}
+    assert alone.path.read_bytes() in {to_onnx(V1), to_onnx(V2)}
+    # The next cycle; after a boot that tried what was staged, there may be nothing left to do.
+    assert cycle(home, store).manifest.sha256 == digest(V2)
+    assert Vehicle(home, limits=LIMITS).update(store) is Outcome.CURRENT
+    assert not list((home / "staging").iterdir())
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_update_survives_a_disk_that_fails_at_some_operations(prepared, fault):
+    count = len(operations(prepared))
+    # Another sample for each fault, so that together they see more.
+    for at in range(1 + FAULTS.index(fault), count + 1, EVERY):
+        survives(prepared, fault, at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_update_survives_a_disk_that_fails_at_any_operation(prepared, fault):
+    count = len(operations(prepared))
+    assert count > 60
+    for at in range(1, count + 1):
+        survives(prepared, fault, at)
+
+
+def test_what_a_commit_speaks_of_is_on_the_disk_before_it(prepared):
+    unsynced = set()
+    commits = 0
+    for kind, name in operations(prepared):
+        if kind in {"open", "write"}:
+            unsynced.add(name)
+        elif kind == "fsync":
+            unsynced.discard(name)
+        elif kind == "replace" and name == "state.json":
+            commits += 1
+            assert not unsynced
+    assert commits >= 3  # staged, counted, good

@@ -1,0 +1,143 @@
+"""The process that tries a network, with the real runtime."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from filterpress.codec.graph import to_onnx
+from filterpress.release.device import trial
+from filterpress.release.device.vehicle import Outcome, Vehicle
+from tests.release.device.conftest import LIMITS
+from tests.release.device.fleet import V1, V2, digest, encoded, health
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes the decoded model of a file."""
+
+    def write(data):
+        path = tmp_path / "model.onnx"
+        path.write_bytes(to_onnx(data))
+        return path
+
+    return write
+
+
+def reason(data, **changes):
+    return trial.examine(to_onnx(data), health(data, **changes))
+
+
+def test_a_network_that_answers_as_expected_passes(model):
+    assert trial.run(model(V1), health(V1)) == trial.Verdict("", final=True)
+
+
+def test_an_answer_may_be_off_by_the_tolerance_and_no_more():
+    outputs = np.asarray(health(V1)["outputs"])
+    outputs[1, 2] += 0.01
+    assert reason(V1, outputs=outputs.tolist(), atol=0.011) == ""
+    assert reason(V1, outputs=outputs.tolist(), atol=0.009).startswith("an answer is off by 0.01")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"outputs": health(V2)["outputs"]}, "is off by"),
+        ({"outputs": [[float("nan")] * 3] * 2}, "is off by"),
+        ({"outputs": []}, "have shape"),
+        ({"outputs": health(V1)["outputs"][:1]}, "have shape"),
+        ({"max_ms": 1e-6}, " ms, more than"),
+        ({"max_mb": 1}, " MB, more than"),
+        ({"count": "many"}, "does not run"),
+        ({"seed": None}, "does not run"),
+    ],
+)
+def test_a_network_that_does_not_do_as_expected_fails(changes, expected):
+    assert expected in reason(V1, **changes)
+
+
+def test_bounds_that_hold_are_no_obstacle():
+    assert reason(V1, max_ms=10_000, max_mb=10_000) == ""
+
+
+def test_answers_that_are_not_finite_fail():
+    nan = encoded(1, kind="not finite")
+    expected = np.nan_to_num(health(nan)["outputs"]).tolist()
+    assert reason(nan, outputs=expected) == "its answers are not finite"
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", to_onnx(V1)[:-100]])
+def test_what_is_no_network_fails(data):
+    assert trial.examine(data, health(V1)).startswith("it does not run")
+
+
+def test_a_network_that_never_ends_is_given_up(model):
+    began = time.monotonic()
+    verdict = trial.run(model(encoded(1, kind="endless")), health(V1), timeout_s=3)
+    assert verdict == trial.Verdict("it did not answer within 3 s", final=False)
+    assert time.monotonic() - began < 10
+
+
+def test_a_process_that_dies_is_no_verdict(model, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    verdict = trial.run(model(V1), health(V1))
+    assert verdict.reason.startswith("it ended with code 1")
+    assert not verdict.final
+
+
+BAD = {
+    "answers otherwise": (V2, {"health": health(V1)}),
+    "not finite": (encoded(1, kind="not finite"), {"health": health(V1)}),
+    "too slow": (V2, {"health": health(V2, max_ms=1e-6)}),
+    "too large": (V2, {"health": health(V2, max_mb=1)}),
+    "does not run": (encoded(1, kind="does not run"), {"health": health(V1)}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_release_that_fails_its_trial_is_never_run_nor_fetched_again(bad, home, store, server):
+    data, said = BAD[bad]
+    store.publish(data, **said)
+    vehicle = Vehicle(home, limits=LIMITS)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.boot().manifest.sha256 == digest(V1)
+    server.requests.clear()
+    assert vehicle.update() is Outcome.KNOWN_BAD
+    assert not [path for path, _ in server.requests if path.startswith("targets")]
+    report = vehicle.status()["signed"]
+    assert (report["sha256"], report["bad"]) == (digest(V1), [digest(data)])
+    assert "failed its trial" in report["error"]
+
+
+def test_the_release_after_a_bad_one_is_installed(home, store):
+    store.publish(V2, health=health(V1))
+    vehicle = Vehicle(home, limits=LIMITS)
+    vehicle.update()
+    vehicle.boot()
+    good = encoded(9)
+    store.publish(good)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.boot().manifest.sha256 == digest(good)
+
+
+def test_a_trial_that_is_cut_short_is_repeated_and_in_the_end_bad(home, store):
+    store.publish(V2)
+    hangs = Vehicle(home, limits=LIMITS, examine=lambda *_: trial.Verdict("it hung", final=False))
+    assert hangs.update() is Outcome.STAGED
+    for _ in range(3):
+        assert hangs.boot().manifest.sha256 == digest(V1)
+        assert hangs.status()["signed"]["trial"] == digest(V2)
+        assert hangs.update() is Outcome.TRIAL_PENDING
+    assert hangs.boot().manifest.sha256 == digest(V1)
+    assert hangs.update() is Outcome.KNOWN_BAD
+
+
+def test_a_file_that_cannot_be_decoded_is_bad(home, store):
+    store.publish(b"not an encoded file", health=health(V1))
+    vehicle = Vehicle(home, limits=LIMITS)
+    with pytest.raises(Exception, match="the release cannot be decoded"):
+        vehicle.update()
+    assert vehicle.update() is Outcome.KNOWN_BAD
+    assert vehicle.boot().manifest.sha256 == digest(V1)
