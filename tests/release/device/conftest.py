@@ -11,7 +11,8 @@ from filterpress.release.device.identity import Identity
 from filterpress.release.device.source import Limits
 from filterpress.release.device.trial import Verdict
 from filterpress.release.device.vehicle import Outcome, Vehicle
-from tests.release.device.fleet import CHANNEL, HARDWARE, V1, Publisher, Server, digest
+from tests.release.device.fleet import CHANNEL, HARDWARE, V1, Publisher, digest
+from tests.release.device.misbehaviour import Server
 
 #: Short, so that a test of patience takes none.
 LIMITS = Limits(silence_s=0.6, metadata_s=0.6, grace_s=0.6, bytes_per_s=1000)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from tuf.api.metadata import MetaFile
 
 from filterpress.errors import ReleaseError
 from filterpress.release.device.vehicle import Outcome, RefusedError
-from tests.release.device import fleet
+from tests.release.device import misbehaviour
 from tests.release.device.fleet import CHANNEL_FILE, V1, V2, V3, clock, digest, expiry
 
 
@@ -47,7 +48,7 @@ def relist(store, role, data, version):
 
 def test_a_flipped_bit_in_the_payload(store, server, stays):
     store.publish(V2)
-    server.faults["model.fpk"] = fleet.flips_a_bit
+    server.faults["model.fpk"] = misbehaviour.flips_a_bit
     stays("does not match expected hash")
 
 
@@ -143,12 +144,20 @@ def test_an_expired_root(store, stays):
     stays("root.json is expired")
 
 
-def test_a_clock_set_back_by_a_year(vehicle, store, stays, monkeypatch):
-    # The vehicle has verified a timestamp of today; then the clock says that it is last year, when
-    # what the store offers had not expired yet.
+def test_a_clock_set_back_by_a_year(home, store, stays, monkeypatch):
+    # What is offered had not expired then; but the timestamp was issued today.
+    shutil.rmtree(home / "metadata")
     store.publish(V2, commit={"rollout": {"days": -100}})
     monkeypatch.setattr("tuf.ngclient._internal.trusted_metadata_set.datetime", clock(-365))
     stays("rollout.* is expired")
+
+
+def test_a_clock_set_back_and_a_stolen_timestamp_key(store, stays, monkeypatch):
+    # The thief says that it is last year, too; but the vehicle has seen a timestamp of today.
+    store.publish(V2)
+    store.issue("timestamp", days=-100)
+    monkeypatch.setattr("tuf.ngclient._internal.trusted_metadata_set.datetime", clock(-365))
+    stays("timestamp.json is expired")
 
 
 def test_a_time_from_the_future_by_a_stolen_timestamp_key_goes_with_the_key(vehicle, store):
@@ -197,20 +206,20 @@ def test_a_root_that_skips_a_version(store, stays):
 
 def test_a_truncated_transfer(store, server, stays):
     store.publish(V2)
-    server.faults["model.fpk"] = fleet.stops_at(0)
+    server.faults["model.fpk"] = misbehaviour.stops_at(0)
     stays("model.fpk", ReleaseError)
 
 
 @pytest.mark.parametrize("part", ["model.fpk", "timestamp.json", "2.root.json"])
 def test_endless_data(store, server, stays, part):
     store.publish(V2)
-    server.faults[part] = fleet.never_ends
+    server.faults[part] = misbehaviour.never_ends
     stays("exceeding|longer than was signed")
 
 
 def test_a_gzip_bomb(store, server, stays):
-    server.faults["timestamp.json"] = fleet.sends_a_bomb
-    fleet.bomb()  # now, so that its making does not count
+    server.faults["timestamp.json"] = misbehaviour.sends_a_bomb
+    misbehaviour.bomb()  # now, so that its making does not count
     began = time.process_time()
     stays("comes encoded as gzip", ReleaseError)
     assert time.process_time() - began < 1
@@ -222,18 +231,18 @@ def test_deeply_nested_json(store, stays):
 
 
 def test_the_store_is_out_of_order(store, server, stays):
-    server.faults["timestamp.json"] = fleet.answers(503)
+    server.faults["timestamp.json"] = misbehaviour.answers(503)
     stays("status 503", ReleaseError)
 
 
 def test_a_refused_connection(store, server, stays):
-    server.faults["timestamp.json"] = fleet.hangs_up
+    server.faults["timestamp.json"] = misbehaviour.hangs_up
     stays("timestamp.json", ReleaseError)
 
 
 def test_a_forbidden_store(store, server, stays):
     store.publish(V2)
-    server.faults["/"] = fleet.answers(403)
+    server.faults["/"] = misbehaviour.answers(403)
     stays("status 403", ReleaseError)
 
 
@@ -252,14 +261,14 @@ def test_a_missing_payload(store, stays):
 @pytest.mark.parametrize("part", ["timestamp.json", "model.fpk"])
 def test_a_slow_trickle(store, server, stays, part):
     store.publish(V2)
-    server.faults[part] = fleet.trickles
+    server.faults[part] = misbehaviour.trickles
     began = time.monotonic()
     stays("takes too long|comes too slowly")
     assert time.monotonic() - began < 3
 
 
 def test_a_slow_trickle_of_the_head_of_an_answer(store, server, stays):
-    server.faults["timestamp.json"] = fleet.trickles_its_head
+    server.faults["timestamp.json"] = misbehaviour.trickles_its_head
     began = time.monotonic()
     stays("timestamp.json", ReleaseError)
     assert time.monotonic() - began < 3

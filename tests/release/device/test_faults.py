@@ -109,6 +109,21 @@ def test_an_update_survives_a_disk_that_fails_at_any_operation(prepared, fault):
         survives(prepared, fault, at)
 
 
+def test_a_trial_that_takes_the_vehicle_down_was_counted(home, store, vehicle):
+    store.publish(V2)
+    assert vehicle.update() is Outcome.STAGED
+    for _ in range(3):
+        assert in_child(Vehicle(home, examine=lambda *_: os._exit(KILLED)).boot) == KILLED
+    assert vehicle.boot().manifest.sha256 == digest(V1)
+    assert vehicle.update() is Outcome.KNOWN_BAD
+
+
+def test_a_slot_vouches_for_nothing_while_it_is_written(prepared):
+    done = operations(prepared)
+    assert done.index(("unlink", "manifest.json")) < done.index(("replace", "model.fpk"))
+    assert done.index(("replace", "model.onnx")) < done.index(("replace", "manifest.json"))
+
+
 def test_what_a_commit_speaks_of_is_on_the_disk_before_it(prepared):
     unsynced = set()
     commits = 0

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from filterpress.codec.graph import to_onnx
-from filterpress.release.device import trial
+from filterpress.release.device import identity, trial
+from filterpress.release.device.identity import Identity
 from filterpress.release.device.vehicle import Outcome, Vehicle
 from tests.release.device.conftest import LIMITS
-from tests.release.device.fleet import V1, V2, digest, encoded, health
+from tests.release.device.fleet import CHANNEL, HARDWARE, V1, V2, digest, encoded, health
 
 
 @pytest.fixture
@@ -141,3 +142,21 @@ def test_a_file_that_cannot_be_decoded_is_bad(home, store):
         vehicle.update()
     assert vehicle.update() is Outcome.KNOWN_BAD
     assert vehicle.boot().manifest.sha256 == digest(V1)
+
+
+def test_a_first_release_that_fails_its_trial_does_not_run(tmp_path, store, server):
+    me = Identity(store=server.url, hardware=HARDWARE, channel=CHANNEL)
+    identity.create(tmp_path / "new", me, store.root)
+    store.publish(V2, health=health(V1))
+    vehicle = Vehicle(tmp_path / "new", limits=LIMITS)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.boot() is None
+    assert vehicle.boot() is None
+
+
+def test_what_was_never_tried_does_not_take_the_place_of_a_slot_that_rots(home, store):
+    store.publish(V2, health=health(V1))
+    vehicle = Vehicle(home, limits=LIMITS)
+    vehicle.update()
+    (home / "slots" / "a" / "model.onnx").write_bytes(b"")
+    assert vehicle.boot() is None

@@ -16,7 +16,7 @@ from filterpress.codec.graph import to_onnx
 from filterpress.errors import ReleaseError
 from filterpress.release.device.trial import Verdict
 from filterpress.release.device.vehicle import BusyError, Outcome, RefusedError, Vehicle
-from tests.release.device import fleet
+from tests.release.device import misbehaviour
 from tests.release.device.conftest import LIMITS, passes
 from tests.release.device.fleet import V1, V2, V3, clock, digest, encoded
 
@@ -149,7 +149,13 @@ def test_a_signed_delta_that_makes_another_file_does_no_harm(vehicle, store, ser
 
 
 @pytest.mark.parametrize(
-    "fault", [fleet.answers(404), fleet.flips_a_bit, fleet.never_ends, fleet.trickles]
+    "fault",
+    [
+        misbehaviour.answers(404),
+        misbehaviour.flips_a_bit,
+        misbehaviour.never_ends,
+        misbehaviour.trickles,
+    ],
 )
 def test_without_the_delta_the_whole_file_is_fetched(vehicle, store, server, fault):
     store.publish(V2, base=V1)
@@ -167,7 +173,7 @@ def test_a_delta_of_a_release_that_has_rotted_is_not_used(vehicle, store, server
 
 def test_a_broken_download_goes_on_where_it_stopped(vehicle, store, server):
     store.publish(LARGE)
-    server.faults["model.fpk"] = fleet.stops_at(0.75)
+    server.faults["model.fpk"] = misbehaviour.stops_at(0.75)
     assert vehicle.update() is Outcome.STAGED
     wanted = bytes_sent(server, store.payload(LARGE))
     starts = [int(w.removeprefix("bytes=").rstrip("-")) for w in wanted if w]
@@ -178,7 +184,7 @@ def test_a_broken_download_goes_on_where_it_stopped(vehicle, store, server):
 
 def test_what_came_is_kept_for_another_day(home, vehicle, store, server):
     store.publish(LARGE)
-    server.faults["model.fpk"] = fleet.trickles
+    server.faults["model.fpk"] = misbehaviour.trickles
     with pytest.raises(RefusedError, match="too slowly"):
         vehicle.update()
     (part,) = (home / "staging").iterdir()
@@ -201,7 +207,7 @@ def test_a_beginning_that_was_poisoned_is_thrown_away(home, vehicle, store, leng
 def test_a_server_without_ranges_sends_all_of_it_again(home, vehicle, store, server):
     store.publish(LARGE)
     (home / "staging" / f"{digest(LARGE)}.part").write_bytes(LARGE[:1000])
-    server.faults["model.fpk"] = fleet.knows_no_ranges
+    server.faults["model.fpk"] = misbehaviour.knows_no_ranges
     assert vehicle.update() is Outcome.STAGED
     assert vehicle.boot().manifest.sha256 == digest(LARGE)
 

@@ -1,0 +1,23 @@
+# The image of a vehicle: no torch, no pipeline, no publisher.
+#
+#     docker build -f docker/device.Dockerfile -t filterpress-device:0.1.0 .
+#     docker run -v vehicle:/var/lib/vehicle --network host filterpress-device:0.1.0 \
+#         run /var/lib/vehicle
+ARG BASE_IMAGE=python:3.11-slim
+
+FROM ${BASE_IMAGE} AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY src src
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM ${BASE_IMAGE}
+COPY constraints.txt /wheels/
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir -c /wheels/constraints.txt \
+        "$(echo /wheels/filterpress-*.whl)[device]" \
+    && useradd --uid 1000 --create-home filterpress \
+    && install -d -o filterpress /var/lib/vehicle
+USER 1000
+ENV NUMBA_CACHE_DIR=/tmp/numba PYTHONUNBUFFERED=1
+ENTRYPOINT ["filterpress-device"]
