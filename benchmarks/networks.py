@@ -71,9 +71,9 @@ NETWORKS = {
         title="ResNet-18, 64 pixels",
         model="torchvision:resnet18",
         train='{"epochs": 3, "lr": 0.05}',
-        retrain='{"epochs": 1, "margin": 0.5}',
-        as_they_are=("120x", "200x", "300x", "500x"),
-        retrained=("400x", "600x"),
+        retrain='{"epochs": 2, "margin": 0.5}',
+        as_they_are=("30x", "50x", "80x", "300x"),
+        retrained=("120x", "200x"),
         image_size=64,
     ),
     "resnet-20": Network(
