@@ -20,10 +20,10 @@ STYLES: dict[str, Json] = {
     "retrained": {"color": "#0072b2", "marker": "o"},
     "post-training": {"color": "#d55e00", "marker": "s"},
 }
-# On the outer side of a falling line: above and right of a point of the upper one.
+# At the first point, on the outer side of its line.
 BESIDE: dict[str, Json] = {
-    "retrained": {"xytext": (5, 5), "ha": "left", "va": "bottom"},
-    "post-training": {"xytext": (-5, -5), "ha": "right", "va": "top"},
+    "retrained": {"xytext": (-4, 7), "ha": "left", "va": "bottom"},
+    "post-training": {"xytext": (-4, -7), "ha": "left", "va": "top"},
 }
 ABOVE = {"retrained": 14, "post-training": 5}  # the edge, for values below it
 SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "filterpress", "font.size": 9}
@@ -87,5 +87,4 @@ def _line(panel: Axes, series: str, points: list[tuple[float, float]]) -> None:
             change = f"{point[1]:.2g}".replace("-", "\N{MINUS SIGN}")
             panel.annotate(change, edge, xytext=(0, ABOVE[series]), ha="center", fontsize=8, **text)
     if shown := [point for point in points if point[1] >= LOWEST]:
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        panel.annotate(series, shown[len(shown) // 2], bbox=behind, **text, **BESIDE[series])
+        panel.annotate(series, shown[0], **text, **BESIDE[series])
