@@ -8,7 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+)
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata
 
@@ -249,6 +253,55 @@ def test_a_holder_of_the_root_is_replaced_with_the_signatures_of_old_and_new(
     assert people.status["root"]["missing"] == 0
     roots.publish(people.draft, store=begun, keys=people.keys)
     assert fetch(begun, TARGET, root=first_root) == FILE
+
+
+def test_a_root_signed_by_one_of_two_holders_is_refused_by_all(begun, people, first_root):
+    ceremony.renew(people.draft)
+    people.sign("ann")
+    shutil.copy(people.draft / "2.root.json", Path(begun) / "metadata" / "2.root.json")
+    with pytest.raises(ReleaseError, match="root was signed by 1/2 keys"):
+        fetch(begun, TARGET, root=first_root)
+    with pytest.raises(ReleaseError, match="root was signed by 1/2 keys"):
+        publish(b"new", target="models/demo/b/file", custom={}, store=begun, keys=people.keys)
+
+
+def test_a_store_whose_root_has_ended_is_recovered_by_a_new_one(
+    begun, people, first_root, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(ceremony.LIFE, "root", timedelta(seconds=-1))
+        ceremony.renew(people.draft)
+        people.sign("ann", "bob")
+    for name in ("2.root.json",):
+        shutil.copy(people.draft / name, Path(begun) / "metadata" / name)
+    (people.draft / "2.targets.json").unlink()
+    with pytest.raises(ReleaseError, match=r"out of date: .*root\.json is expired"):
+        fetch(begun, TARGET, root=first_root)
+    with pytest.raises(ReleaseError, match=r"out of date: root\.json is expired"):
+        refresh(store=begun, keys=people.keys)
+    ceremony.renew(people.draft)
+    people.sign("ann", "bob")
+    roots.publish(people.draft, store=begun, keys=people.keys)
+    assert fetch(begun, TARGET, root=first_root) == FILE
+
+
+def test_readers_whom_a_thief_sent_far_ahead_are_freed_by_another_timestamp_key(
+    begun, people, first_root
+):
+    path = Path(begun) / "metadata" / "timestamp.json"
+    stolen = Metadata.from_bytes(path.read_bytes())
+    stolen.signed.version = 2**31
+    stolen.sign(CryptoSigner(load_pem_private_key(people.made["timestamp"][0].read_bytes(), None)))
+    path.write_bytes(stolen.to_bytes())
+    people.made["next"] = make_key(people.folder, "next")
+    (old,) = ceremony.status(people.draft)["keys"]["timestamp"]["keys"]
+    ceremony.add_key(people.draft, "timestamp", people.made["next"][1])
+    ceremony.drop_key(people.draft, "timestamp", old)
+    people.sign("ann", "bob")
+    people.hold(**{role: [role] for role in ONLINE} | {"timestamp": ["next"]})
+    roots.publish(people.draft, store=begun, keys=people.keys)
+    assert fetch(begun, TARGET, root=first_root) == FILE
+    assert Metadata.from_bytes(path.read_bytes()).signed.version > 2**31
 
 
 def test_a_root_is_renewed_before_its_end(begun, people, first_root, monkeypatch):
