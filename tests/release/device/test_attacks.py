@@ -160,6 +160,16 @@ def test_a_clock_set_back_and_a_stolen_timestamp_key(store, stays, monkeypatch):
     stays("timestamp.json is expired")
 
 
+@pytest.mark.parametrize("issued", ["today", -1, True, 10**30, int(time.time()) + 10 * 86400])
+def test_a_time_that_cannot_be(store, stays, issued):
+    store.publish(V2)
+    signed = store.signed["timestamp"]
+    signed.version += 1
+    signed.unrecognized_fields["x-issued"] = issued
+    store.write("metadata/timestamp.json", store.sign("timestamp", signed))
+    stays("which cannot be")
+
+
 def test_a_time_from_the_future_by_a_stolen_timestamp_key_goes_with_the_key(vehicle, store):
     signed = store.signed["timestamp"]
     signed.unrecognized_fields["x-issued"] = int(time.time()) + 10 * 365 * 86400

@@ -88,11 +88,11 @@ def issue_time(timestamp: Timestamp) -> int:
         Seconds since 1970; 0 if it does not say.
 
     Raises:
-        RepositoryError: It names no time, or one after it expires.
+        RepositoryError: It names no whole number of seconds, or a time after it expires.
     """
     issued = timestamp.unrecognized_fields.get(_ISSUED, 0)
     if type(issued) is not int or not 0 <= issued <= timestamp.expires.timestamp():
-        raise RepositoryError(f"the timestamp was issued at {issued!r}, and expires before that")
+        raise RepositoryError(f"the timestamp was issued at {issued!r}, which cannot be")
     return issued
 
 

@@ -226,7 +226,7 @@ class Vehicle:
         return Outcome.STAGED
 
     def _released(self) -> list[bytes]:
-        """Return the encoded files that are there and intact."""
+        """Return the encoded files that are there."""
         return [data for name in NAMES if (data := self._slot(name).released()) is not None]
 
     # Boot
