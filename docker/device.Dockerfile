@@ -2,7 +2,9 @@
 #
 #     docker build -f docker/device.Dockerfile -t filterpress-device:0.1.0 .
 #     docker run -v vehicle:/var/lib/vehicle --network host filterpress-device:0.1.0 \
-#         run /var/lib/vehicle
+#         run /var/lib/vehicle/home
+#
+# The folder of the vehicle lies below the volume, because `init` makes it all at once.
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS wheel
@@ -19,5 +21,6 @@ RUN pip install --no-cache-dir -c /wheels/constraints.txt \
     && useradd --uid 1000 --create-home filterpress \
     && install -d -o filterpress /var/lib/vehicle
 USER 1000
-ENV NUMBA_CACHE_DIR=/tmp/numba PYTHONUNBUFFERED=1
+# Compiled code lasts as long as the volume: without it the first decoding takes seconds each time.
+ENV NUMBA_CACHE_DIR=/var/lib/vehicle/numba PYTHONUNBUFFERED=1
 ENTRYPOINT ["filterpress-device"]
