@@ -1,0 +1,79 @@
+"""What the real publisher writes, the vehicle installs: both keep to the contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from filterpress.release import audit, create_keys, publish, refresh, rollout
+from filterpress.release.device import identity
+from filterpress.release.device.identity import Identity
+from filterpress.release.device.vehicle import Outcome, Vehicle
+from tests.release.device.fleet import digest, encoded
+
+FILES = [encoded(seed, width=16) for seed in range(3)]
+
+
+class Fleet:
+    """A publisher with keys of its own, and one vehicle."""
+
+    def __init__(self, folder, store):
+        self.where = {"store": str(folder / "store"), "keys": folder / "keys"}
+        create_keys(folder / "keys")
+        self.root = (folder / "keys" / "root.json").read_bytes()
+        identity.create(folder / "home", Identity(store=store), self.root)
+        self.vehicle = Vehicle(folder / "home")
+
+    def release(self, data, **options):
+        target = f"models/demo/{digest(data)[:16]}/model.fpk"
+        publish(data, target=target, custom={}, **self.where)
+        return rollout.publish(target, **options, **self.where)
+
+    def runs(self):
+        manifest = self.vehicle.boot().manifest
+        return manifest.sha256, manifest.release_counter
+
+
+@pytest.fixture
+def fleet(tmp_path, server):
+    server.folder, server.faults, server.requests = tmp_path / "store", {}, []
+    fleet = Fleet(tmp_path, server.url)
+    fleet.release(FILES[0])
+    assert fleet.vehicle.update() is Outcome.STAGED
+    assert fleet.runs() == (digest(FILES[0]), 1)
+    return fleet
+
+
+def test_a_release_arrives_as_a_delta_and_a_recall_without_a_download(fleet, server):
+    fleet.release(FILES[1])
+    server.requests.clear()
+    assert fleet.vehicle.update() is Outcome.STAGED
+    fetched = [name for name, _ in server.requests if name.startswith("targets/models")]
+    assert [name.rpartition(".")[2] for name in fetched] == ["fpd"]
+    assert fleet.runs() == (digest(FILES[1]), 2)
+    rollout.recall(1, **fleet.where)
+    server.requests.clear()
+    assert fleet.vehicle.update() is Outcome.STAGED
+    assert not [name for name, _ in server.requests if name.startswith("targets/models")]
+    assert fleet.runs() == (digest(FILES[0]), 3)
+
+
+def test_a_ramp_takes_the_vehicle_in_and_a_halt_leaves_it_where_it_is(fleet):
+    fleet.release(FILES[1], percent=0)
+    assert fleet.vehicle.update() is Outcome.WAITING
+    rollout.halt(**fleet.where)
+    rollout.ramp(100, **fleet.where)
+    assert fleet.vehicle.update() is Outcome.WAITING
+    rollout.resume(**fleet.where)
+    assert fleet.vehicle.update() is Outcome.STAGED
+    assert fleet.runs() == (digest(FILES[1]), 2)
+
+
+def test_a_bundle_is_installed_and_a_renewed_timestamp_is_no_news(fleet, tmp_path, server):
+    fleet.release(FILES[2])
+    audit.bundle(tmp_path / "bundle.tar", store=fleet.where["store"], root=fleet.root)
+    server.requests.clear()
+    assert fleet.vehicle.update(str(tmp_path / "bundle.tar")) is Outcome.STAGED
+    assert server.requests == []
+    assert fleet.runs() == (digest(FILES[2]), 2)
+    refresh(**fleet.where)
+    assert fleet.vehicle.update() is Outcome.CURRENT
