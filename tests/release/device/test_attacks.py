@@ -155,7 +155,10 @@ def test_a_clock_set_back_by_a_year(home, store, stays, monkeypatch):
 def test_a_clock_set_back_and_a_stolen_timestamp_key(store, stays, monkeypatch):
     # The thief says that it is last year, too; but the vehicle has seen a timestamp of today.
     store.publish(V2)
-    store.issue("timestamp", days=-100)
+    signed = store.signed["timestamp"]
+    signed.version, signed.expires = signed.version + 1, expiry(-100)
+    signed.unrecognized_fields["x-issued"] = int(expiry(-200).timestamp())
+    store.write("metadata/timestamp.json", store.sign("timestamp", signed))
     monkeypatch.setattr("tuf.ngclient._internal.trusted_metadata_set.datetime", clock(-365))
     stays("timestamp.json is expired")
 
