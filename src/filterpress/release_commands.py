@@ -141,9 +141,8 @@ def ramp(
     """
     with terminal.polite(debug):
         from filterpress.release import rollout
-        from filterpress.release.keys import keys_for
 
-        given = _place(store, keys_for(store, keys), hardware, channel)
+        given = _place(store, keys, hardware, channel)
         changed = rollout.ramp(percent, **given)
     _show_channel(changed, json)
 
@@ -160,9 +159,8 @@ def halt(
     """Stop a channel: no further vehicle takes its release. Those that have it keep it."""
     with terminal.polite(debug):
         from filterpress.release import rollout
-        from filterpress.release.keys import keys_for
 
-        changed = rollout.halt(**_place(store, keys_for(store, keys), hardware, channel))
+        changed = rollout.halt(**_place(store, keys, hardware, channel))
     _show_channel(changed, json)
 
 
@@ -178,9 +176,8 @@ def resume(
     """Let a halted channel go on at the share it had."""
     with terminal.polite(debug):
         from filterpress.release import rollout
-        from filterpress.release.keys import keys_for
 
-        changed = rollout.resume(**_place(store, keys_for(store, keys), hardware, channel))
+        changed = rollout.resume(**_place(store, keys, hardware, channel))
     _show_channel(changed, json)
 
 
@@ -201,9 +198,8 @@ def recall(
     """
     with terminal.polite(debug):
         from filterpress.release import rollout
-        from filterpress.release.keys import keys_for
 
-        given = _place(store, keys_for(store, keys), hardware, channel)
+        given = _place(store, keys, hardware, channel)
         changed = rollout.recall(to, percent=percent, **given)
     _show_channel(changed, json)
 
@@ -268,8 +264,11 @@ def bundle(
     terminal.show(made, json)
 
 
-def _place(store: str, keys: Path, hardware: str, channel: str) -> dict[str, Any]:
-    return {"store": store, "keys": keys, "hardware": hardware, "channel": channel}
+def _place(store: str, keys: str, hardware: str, channel: str) -> dict[str, Any]:
+    from filterpress.release.keys import keys_for
+
+    folder = keys_for(store, keys)
+    return {"store": store, "keys": folder, "hardware": hardware, "channel": channel}
 
 
 def _show_channel(channel: Channel, json: bool) -> None:

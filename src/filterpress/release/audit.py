@@ -13,8 +13,9 @@ from tuf.api.metadata import TargetFile
 
 from filterpress import files
 from filterpress.errors import ReleaseError
-from filterpress.release.channel import ANY, STABLE, Json, parse, path_of
-from filterpress.release.repository import COUNTER, HARDWARE, counter_of
+from filterpress.release.channel import STABLE, Json, parse, path_of
+from filterpress.release.names import ANY, COUNTER, HARDWARE
+from filterpress.release.repository import counter_of
 from filterpress.release.store import Store, open_store
 from filterpress.release.trust import RELEASE, ROLLOUT, Reader, open_reader, reported, trusted_root
 
@@ -50,6 +51,7 @@ def verify(store: str, *, root: bytes) -> Json:
                 found.append(_channel_row(path, content))
                 problem = _channel_problem(path, content, releases)
             problems += [problem] if problem else []
+        signed = reader.signed()
         roles = [
             {
                 "role": role,
@@ -57,11 +59,11 @@ def verify(store: str, *, root: bytes) -> Json:
                 "expires": part.expires.isoformat(),
                 "days_left": round((part.expires - datetime.now(UTC)).total_seconds() / 86400, 1),
             }
-            for role, part in reader.signed().items()
+            for role, part in signed.items()
         ]
         problems += [
             f"the {role} ends {part.expires.isoformat()}: renew it"
-            for role, part in reader.signed().items()
+            for role, part in signed.items()
             if part.expires < datetime.now(UTC) + _NEAR
         ]
     return {"roles": roles, "releases": rows, "channels": found, "problems": problems}

@@ -9,12 +9,11 @@ from datetime import datetime
 from typing import Any
 
 from filterpress.errors import ReleaseError
-from filterpress.release.repository import is_segment
+from filterpress.release.names import SCHEMA, is_segment
 
 Json = dict[str, Any]
 
-ANY, STABLE = "any", "stable"
-SCHEMA = 1
+STABLE = "stable"
 ALL = 100.0
 
 

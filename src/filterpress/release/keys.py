@@ -36,6 +36,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from filterpress import files
 from filterpress.errors import PackageError, ReleaseError
+from filterpress.release.names import DEVELOPMENT
 from filterpress.release.trust import DELEGATED, RELEASE, ROLLOUT
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ _log = logging.getLogger(__name__)
 TRUSTED_ROOT = "root.json"
 FIRST_TARGETS = "targets.json"
 SIGNERS = "signers.json"
-DEVELOPMENT = "x-filterpress-development"
 _SIGNING_ROLES = (Targets.type, RELEASE, ROLLOUT, Snapshot.type, Timestamp.type)
 LIFE = {
     Root.type: timedelta(days=365),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,16 +23,15 @@ from tuf.api.metadata import TargetFile
 
 from filterpress.codec import make_delta
 from filterpress.errors import BitstreamError, ReleaseError
+from filterpress.release.names import ANY, COUNTER, HARDWARE, MODEL, is_segment
 from filterpress.release.store import open_store
 from filterpress.release.transaction import Draft, transact
 from filterpress.release.trust import RELEASE, open_reader, reported
 
 _log = logging.getLogger(__name__)
 
-COUNTER, HARDWARE, OLD_DIGEST = "release_counter", "hardware_ids", "from_sha256"
+OLD_DIGEST = "from_sha256"
 _OURS = (COUNTER, HARDWARE)
-_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
-_TARGET = re.compile(f"models/{_SEGMENT}/{_SEGMENT}/{_SEGMENT}")
 _MAX_DELTA = 0.7  # of the bytes of the whole file: a vehicle may have to fetch both
 
 
@@ -69,7 +67,7 @@ def publish(
     custom: Mapping[str, Any],
     store: str,
     keys: Path,
-    hardware: Sequence[str] = ("any",),
+    hardware: Sequence[str] = (ANY,),
     n_deltas: int = 3,
 ) -> Release:
     """Sign a file and make it the store's newest release, with deltas from those before it.
@@ -137,7 +135,7 @@ def publish_network(
     custom: Mapping[str, Any],
     store: str,
     keys: Path,
-    hardware: Sequence[str] = ("any",),
+    hardware: Sequence[str] = (ANY,),
 ) -> Release:
     """Release an encoded file under its name and digest, so that a retry issues nothing new.
 
@@ -295,7 +293,7 @@ def check_target(target: str) -> None:
     Raises:
         ValueError: It is not ``models/<name>/<version>/<file>``.
     """
-    if not _TARGET.fullmatch(target):
+    if not MODEL.fullmatch(target):
         raise ValueError(
             "target must be models/NAME/VERSION/FILE, of letters, digits, '.', '_' and '-' that do "
             f"not start with '.', got {target!r}"
@@ -323,11 +321,6 @@ def _check_hardware(hardware: Sequence[str]) -> None:
             "hardware must be names of letters, digits, '.', '_' and '-' that do not start with "
             f"'.', got {hardware!r}"
         )
-
-
-def is_segment(text: str) -> bool:
-    """Say whether text can be one part of a path in a store."""
-    return re.fullmatch(_SEGMENT, text) is not None
 
 
 def _name(info: TargetFile) -> str:

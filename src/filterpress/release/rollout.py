@@ -23,8 +23,6 @@ from filterpress.errors import ReleaseError
 from filterpress.release import golden
 from filterpress.release.channel import (
     ALL,
-    ANY,
-    SCHEMA,
     STABLE,
     Channel,
     Check,
@@ -34,9 +32,8 @@ from filterpress.release.channel import (
     path_of,
     terms,
 )
+from filterpress.release.names import ANY, COUNTER, HARDWARE, SCHEMA
 from filterpress.release.repository import (
-    COUNTER,
-    HARDWARE,
     add_deltas,
     counter_of,
     deltas_to,

@@ -22,6 +22,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from filterpress.errors import ReleaseError
 from filterpress.release.keys import LIFE, Keys, load_keys
+from filterpress.release.names import ISSUED, payload_name
 from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
 from filterpress.release.trust import (
     DELEGATED,
@@ -29,7 +30,6 @@ from filterpress.release.trust import (
     Part,
     State,
     newest_root,
-    payload_name,
     read_state,
     reported,
     trusted_root,
@@ -38,7 +38,6 @@ from filterpress.release.trust import (
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ISSUED = "x-issued"
 _TRIES = 20
 _ROOT_WARNING = timedelta(days=30)
 # What is renewed at all is renewed when this share of its life is left.

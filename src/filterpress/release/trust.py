@@ -32,6 +32,7 @@ from tuf.api.metadata import (
 from tuf.ngclient import FetcherInterface, Updater
 
 from filterpress.errors import ReleaseError
+from filterpress.release.names import payload_name
 from filterpress.release.store import Store
 
 RELEASE, ROLLOUT = "release", "rollout"
@@ -185,11 +186,6 @@ def reported(store: str) -> Iterator[None]:
         raise ReleaseError(f"{store} holds nothing that can be trusted: {reason}") from error
     except OSError as error:
         raise ReleaseError(f"cannot verify {store} here: {error.strerror}") from error
-
-
-def payload_name(info: TargetFile) -> str:
-    """Return the name of a file in the store, which begins with its digest."""
-    return f"targets/{info.get_prefixed_paths()[0]}"
 
 
 def trusted_root(data: bytes) -> Root:

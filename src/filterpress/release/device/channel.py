@@ -12,12 +12,10 @@ from typing import Any
 
 from tuf.api.exceptions import RepositoryError
 
+from filterpress.release.names import COUNTER, MODEL, SCHEMA
+
 MAX_BYTES = 2**20
 
-_SCHEMA = 1
-_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
-_MODEL = re.compile(rf"models/{_SEGMENT}/{_SEGMENT}/{_SEGMENT}")
-_NAME = re.compile(_SEGMENT)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -80,11 +78,6 @@ class Channel:
     health: Mapping[str, Any]
 
 
-def is_name(text: str) -> bool:
-    """Say whether text may name a hardware, a channel or a cohort."""
-    return bool(_NAME.fullmatch(text))
-
-
 def parse(data: bytes, hardware: str, channel: str) -> Channel:
     """Read a channel file.
 
@@ -101,17 +94,17 @@ def parse(data: bytes, hardware: str, channel: str) -> Channel:
     """
     try:
         found = json.loads(data)
-        if found["schema"] != _SCHEMA:
+        if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']!r} is unknown")
         if (found["hardware"], found["channel"]) != (hardware, channel):
             raise ValueError(f"it is {found['hardware']}/{found['channel']}")
         return Channel(
-            release_counter=_natural(found["release_counter"]),
-            target=_matching(_MODEL, found["target"]),
+            release_counter=_natural(found[COUNTER]),
+            target=_matching(MODEL, found["target"]),
             sha256=_matching(_SHA256, found["sha256"]),
             n_bytes=_natural(found["n_bytes"]),
             deltas={
-                _matching(_SHA256, delta["from_sha256"]): _matching(_MODEL, delta["target"])
+                _matching(_SHA256, delta["from_sha256"]): _matching(MODEL, delta["target"])
                 for delta in found["deltas"]
             },
             rollout=_rollout(found["rollout"]),

@@ -10,8 +10,7 @@ from tuf.api.metadata import Metadata, Root, Timestamp
 from tuf.ngclient import Updater
 
 from filterpress import files
-
-_ISSUED = "x-issued"
+from filterpress.release.names import ISSUED
 
 
 class DurableUpdater(Updater):
@@ -90,7 +89,7 @@ def issue_time(timestamp: Timestamp) -> int:
     Raises:
         RepositoryError: It names no whole number of seconds, or a time after it expires.
     """
-    issued = timestamp.unrecognized_fields.get(_ISSUED, 0)
+    issued = timestamp.unrecognized_fields.get(ISSUED, 0)
     if type(issued) is not int or not 0 <= issued <= timestamp.expires.timestamp():
         raise RepositoryError(f"the timestamp was issued at {issued!r}, which cannot be")
     return issued

@@ -16,6 +16,7 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import TargetFile
 
 from filterpress.release.device.source import Limits, Source
+from filterpress.release.names import payload_name
 
 _TRIES = 16
 
@@ -69,7 +70,7 @@ def _append(source: Source, info: TargetFile, part: Path, limits: Limits) -> Non
     if position >= info.length:
         return
     try:
-        first, chunks = source.read(_name(info), position)
+        first, chunks = source.read(payload_name(info), position)
     except DownloadHTTPError as error:
         if error.status_code != 416:
             raise
@@ -96,7 +97,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _name(info: TargetFile) -> str:
-    return f"targets/{info.get_prefixed_paths()[0]}"

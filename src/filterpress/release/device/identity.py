@@ -22,13 +22,12 @@ from tuf.api.metadata import Metadata, Root
 
 from filterpress import files
 from filterpress.errors import ReleaseError
-from filterpress.release.device.channel import is_name
 from filterpress.release.device.slots import NAMES
+from filterpress.release.names import ANY, DEVELOPMENT, is_segment
 
 ROOT = "root.json"
 _DEVICE = "device.json"
 _KEY = "device.pem"
-_DEVELOPMENT = "x-filterpress-development"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Identity:
     """
 
     store: str
-    hardware: str = "any"
+    hardware: str = ANY
     channel: str = "stable"
     device_id: str = ""
     cohorts: tuple[str, ...] = ()
@@ -69,7 +68,7 @@ def create(home: Path, identity: Identity, root: bytes, *, development: bool = F
         OSError: It cannot be written.
     """
     for field in ("hardware", "channel"):
-        if not is_name(getattr(identity, field)):
+        if not is_segment(getattr(identity, field)):
             raise ValueError(
                 f"{field} must be letters, digits, '.', '_' and '-', not starting with '.', got "
                 f"{getattr(identity, field)!r}"
@@ -158,7 +157,7 @@ def _check_root(root: bytes, development: bool) -> None:
     except RepositoryError as error:
         reason = str(error).partition("\n")[0][:200]
         raise ReleaseError(f"root must be signed root metadata: {reason}") from error
-    if metadata.signed.unrecognized_fields.get(_DEVELOPMENT) and not development:
+    if metadata.signed.unrecognized_fields.get(DEVELOPMENT) and not development:
         raise ReleaseError(
             "root is for development: anybody may hold its keys; to try things out, say "
             "--development"

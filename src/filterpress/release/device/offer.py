@@ -21,11 +21,11 @@ from filterpress.release.device.download import download
 from filterpress.release.device.identity import ROOT, Identity
 from filterpress.release.device.slots import Manifest
 from filterpress.release.device.source import Limits, MetadataFetcher, Source
+from filterpress.release.names import ANY, COUNTER, HARDWARE
 
 _log = logging.getLogger(__name__)
 
 _MAX_BYTES = 2**30
-_ANY = "any"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +183,10 @@ def obtain(
 
 def _check_agreement(found: Channel, info: TargetFile, hardware: str) -> None:
     custom = info.custom or {}
-    signed = (custom.get("release_counter"), info.hashes.get("sha256"), info.length)
+    signed = (custom.get(COUNTER), info.hashes.get("sha256"), info.length)
     if signed != (found.release_counter, found.sha256, found.n_bytes):
         raise RepositoryError(f"the channel and the release disagree about {found.target}")
-    if not {_ANY, hardware} & {*custom.get("hardware_ids", [])}:
+    if not {ANY, hardware} & {*custom.get(HARDWARE, [])}:
         raise RepositoryError(f"{found.target} is not for {hardware}")
     if info.length > _MAX_BYTES:
         raise RepositoryError(f"{found.target} has {info.length} bytes")
