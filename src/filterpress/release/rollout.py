@@ -32,6 +32,7 @@ from filterpress.release.channel import (
     path_of,
     terms,
 )
+from filterpress.release.cluster import mirror
 from filterpress.release.names import ANY, COUNTER, HARDWARE, SCHEMA
 from filterpress.release.repository import (
     add_deltas,
@@ -104,7 +105,7 @@ def publish(
         names = {"hardware": hardware, "channel": channel, "run": run}
         return _write(draft, path, _content(draft, info, names, rollout, health))
 
-    return transact(store, keys, edit)
+    return _transact("Publish", store, keys, edit)
 
 
 def ramp(
@@ -132,7 +133,7 @@ def ramp(
         ReleaseError: There is no such channel, or the store or the keys cannot be used or trusted.
     """
     change = {"percent_bp": basis_points(percent)}
-    return _change(change, path_of(hardware, channel), store, keys)
+    return _change("Ramp", change, path_of(hardware, channel), store, keys)
 
 
 def halt(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) -> Channel:
@@ -150,7 +151,7 @@ def halt(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) 
     Raises:
         ReleaseError: As for `ramp`.
     """
-    return _change({"halted": True}, path_of(hardware, channel), store, keys)
+    return _change("Halt", {"halted": True}, path_of(hardware, channel), store, keys)
 
 
 def resume(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) -> Channel:
@@ -168,7 +169,7 @@ def resume(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE
     Raises:
         ReleaseError: As for `ramp`.
     """
-    return _change({"halted": False}, path_of(hardware, channel), store, keys)
+    return _change("Resume", {"halted": False}, path_of(hardware, channel), store, keys)
 
 
 def recall(
@@ -224,7 +225,7 @@ def recall(
         names = before | {"run": f"recall to release {to}"}
         return _write(draft, path, _content(draft, new, names, rollout, health))
 
-    return transact(store, keys, edit)
+    return _transact("Recall", store, keys, edit)
 
 
 def read(store: str, *, root: bytes, hardware: str = ANY, channel: str = STABLE) -> Channel:
@@ -250,7 +251,7 @@ def read(store: str, *, root: bytes, hardware: str = ANY, channel: str = STABLE)
         return Channel(path=path, content=parse(path, reader.read(info)), changed=False)
 
 
-def _change(change: Json, path: str, store: str, keys: Path) -> Channel:
+def _change(action: str, change: Json, path: str, store: str, keys: Path) -> Channel:
     def edit(draft: Draft) -> Channel:
         before = _read_known(draft, path, store)
         rollout = before["rollout"] | change
@@ -258,7 +259,14 @@ def _change(change: Json, path: str, store: str, keys: Path) -> Channel:
             return Channel(path=path, content=before, changed=False)
         return _write(draft, path, before | {"rollout": rollout})
 
-    return transact(store, keys, edit)
+    return _transact(action, store, keys, edit)
+
+
+def _transact(action: str, store: str, keys: Path, edit: Callable[[Draft], Channel]) -> Channel:
+    """Change a channel in the store, then show it in the cluster, if there is one."""
+    channel = transact(store, keys, edit)
+    mirror(action, channel, store)
+    return channel
 
 
 def _content(

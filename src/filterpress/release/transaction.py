@@ -21,6 +21,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 from tuf.api.serialization.json import JSONSerializer
 
 from filterpress.errors import ReleaseError
+from filterpress.release.cluster import turn
 from filterpress.release.keys import LIFE, Keys, load_keys
 from filterpress.release.names import ISSUED, payload_name
 from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
@@ -163,7 +164,7 @@ def transact(store: str, keys: Path, edit: Callable[[Draft], T]) -> T:
     opened, signing = open_for_signing(store, keys)
     for attempt in range(_TRIES):
         try:
-            with reported(store):
+            with turn(store), reported(store):
                 root = newest_root(opened, trusted_root(signing.root))
                 draft = Draft(opened, read_state(opened, root, signing.first_targets))
                 result = edit(draft)
