@@ -4,6 +4,7 @@ ARGS ?=
 DATA ?= data
 ENGINE ?= docker
 IMAGE ?= filterpress-python:0.1.0
+VEHICLE := runs/demo/vehicle
 BIN := .venv/bin
 STAMP := .venv/installed
 BENCH := .venv/installed-bench
@@ -14,8 +15,12 @@ BENCH := .venv/installed-bench
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMP) ## train a small network, compress it in the loop, release it to runs/demo
+demo: $(STAMP) ## train a small network, compress it, release it, run it on a vehicle: runs/demo
 	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp $(ARGS)
+	test -d $(VEHICLE) || $(BIN)/filterpress-device init $(VEHICLE) --store runs/demo/release \
+		--root runs/demo/keys/root.json --development
+	$(BIN)/filterpress-device update $(VEHICLE)
+	$(BIN)/filterpress-device boot $(VEHICLE)
 
 install: $(STAMP) ## create .venv with everything in it
 
