@@ -191,7 +191,8 @@ def add_outcomes(given: dict[str, Any], stairs: Stairs, decided: PipelineTask, n
 def add_publication(given: dict[str, Any], decided: PipelineTask) -> None:
     """Add the publication of what was decided to be published."""
     with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
-        call(publish, given, model=decided.outputs["model"]).set_caching_options(False)
+        model, run = decided.outputs["model"], dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        call(publish, given, model=model, run=run).set_caching_options(False)
 
 
 def add_failure(given: dict[str, Any], decided: PipelineTask, unless: str) -> None:

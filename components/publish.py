@@ -13,6 +13,7 @@ def publish(
     name: str,
     channel: str,
     percent: float,
+    run: str,
     max_size: str,
     min_accuracy: str,
     data: str,
@@ -32,6 +33,7 @@ def publish(
         name: Name of the network in the store.
         channel: Kind of vehicle and channel, such as any/stable; empty for none.
         percent: Share of these vehicles that take part at once.
+        run: Id of the run, for the channel's record.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
         data: Data set.
@@ -54,6 +56,7 @@ def publish(
         name=name,
         channel=channel,
         percent=percent,
+        run=run,
         max_size=max_size,
         min_accuracy=min_accuracy,
         data=data,

@@ -304,7 +304,7 @@ def test_publication_is_idempotent(publish, tmp_path):
 
 
 def test_publication_lets_a_channel_name_the_release(publish, keys, tmp_path):
-    report = publish(min_accuracy="0.5", channel="cam-v2/canary", percent=12.5)
+    report = publish(min_accuracy="0.5", channel="cam-v2/canary", percent=12.5, run="run-7")
     root = (keys / "root.json").read_bytes()
     given = {"hardware": "cam-v2", "channel": "canary"}
     channel = rollout.read(str(tmp_path / "store"), root=root, **given)
@@ -312,6 +312,7 @@ def test_publication_lets_a_channel_name_the_release(publish, keys, tmp_path):
     names = ("target", "release_counter", "sha256", "n_bytes")
     assert {name: channel.content[name] for name in names} == {name: report[name] for name in names}
     assert channel.content["rollout"]["percent_bp"] == 1250
+    assert channel.content["run"] == "run-7"
     assert (report["release_counter"], report["delta_bytes"]) == (1, 0)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from filterpress import stages
 from filterpress.loop import compress
+from filterpress.release import rollout
 from tests import tiny
 from tests.tiny import PATHS, RUNS
 
@@ -62,6 +63,14 @@ def run(settings, out):
     return Ended(ended.returncode, report, steps, lines[-1])
 
 
+def id_of_the_run(store):
+    """Return what made the release, as its channel says."""
+    root = (store.parent / "keys" / "root.json").read_bytes()
+    made_by = rollout.read(str(store), root=root).content["run"]
+    assert re.fullmatch("[0-9a-f-]{8,}", made_by), made_by
+    return made_by
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_the_pipeline_takes_the_path_that_the_library_takes(name, folder, weights, tmp_path):
     path, decision = PATHS[name]
@@ -81,6 +90,7 @@ def test_the_pipeline_takes_the_path_that_the_library_takes(name, folder, weight
     if published:
         assert left == report
         tiny.check_published(folder, settings, package, report)
+        assert id_of_the_run(Path(report["release"])) in (folder / "run.log").read_text()
         return
     numbers = [left["n_bytes"], left["max_bytes"], f"{left['validation_accuracy']:.4f}"]
     assert last_line.startswith("error: not published: ")

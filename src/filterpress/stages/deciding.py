@@ -128,6 +128,7 @@ def publish(
     name: str = "filterpress",
     channel: str = "any/stable",
     percent: float = 100.0,
+    run: str = "",
     max_size: str = "12x",
     min_accuracy: str = "-1pp",
     data: str = "digits",
@@ -152,6 +153,7 @@ def publish(
         channel: Kind of vehicle and name of the channel that shall name the release; empty for
             none.
         percent: Share of these vehicles that take part at once.
+        run: What made the file, such as the id of a pipeline's run, for the channel's record.
         max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
         min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
         data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
@@ -200,7 +202,12 @@ def publish(
         )
         if channel:
             rollout.publish(
-                issued.target, hardware=hardware, channel=channel_name, percent=percent, **place
+                issued.target,
+                hardware=hardware,
+                channel=channel_name,
+                percent=percent,
+                run=run,
+                **place,
             )
         report = {k: v for k, v in evaluated.items() if k != "layers"} | {
             "stage": "publish",
