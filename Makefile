@@ -24,8 +24,8 @@ demo: $(STAMP) ## train a small network, compress it, release it, run it on a ve
 
 install: $(STAMP) ## create .venv with everything in it
 
-test: $(STAMP) ## every test; fewer with ARGS="-m 'not slow'"
-	$(BIN)/pytest $(ARGS)
+test: $(STAMP) ## every test, on all cores; fewer with ARGS="-m 'not slow'"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .
