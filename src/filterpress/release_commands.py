@@ -156,7 +156,10 @@ def halt(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Stop a channel: no further vehicle takes its release. Those that have it keep it."""
+    """Stop a channel: no further vehicle takes its release. Those that have it keep it.
+
+    Releases that are published meanwhile wait too, until resume.
+    """
     with terminal.polite(debug):
         from filterpress.release import rollout
 

@@ -168,6 +168,23 @@ def test_a_halt_stops_a_channel_until_it_is_resumed(channel, keys, root):
     assert content(channel, root) == before
 
 
+def test_what_is_published_into_a_halted_channel_waits_until_it_is_resumed(
+    channel, keys, root, caplog
+):
+    rollout.halt(store=channel, keys=keys)
+    for _ in range(2):  # the second time nothing changes, but it is still worth saying
+        caplog.clear()
+        rollout.publish(target_of(TWO), store=channel, keys=keys, percent=70)
+        assert [record.message for record in caplog.records] == [
+            "channels/any/stable.json stays halted: resume lets release 2 go"
+        ]
+        said = content(channel, root)
+        assert (said["target"], said["rollout"]["halted"]) == (target_of(TWO), True)
+    rollout.resume(store=channel, keys=keys)
+    said = content(channel, root)["rollout"]
+    assert (said["percent_bp"], said["halted"]) == (7000, False)
+
+
 def test_each_release_draws_its_own_lots(channel, keys, root):
     first = content(channel, root)["rollout"]["salt"]
     second = rollout.publish(target_of(TWO), store=channel, keys=keys).content["rollout"]["salt"]

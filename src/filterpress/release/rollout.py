@@ -65,7 +65,7 @@ def publish(
     """Let a channel name a release.
 
     A channel that names it already is left as it is, with the share it has been ramped to; so is
-    one that names a later release.
+    one that names a later release. A channel that is halted stays so, until `resume`.
 
     Args:
         target: Path of a release in the store.
@@ -91,6 +91,7 @@ def publish(
     path = path_of(hardware, channel)
     rollout = terms(percent, cohorts, not_before)
     health = _health(check or Check())
+    warn = cache(_log.warning)  # once, however often a publisher has to try again
 
     def edit(draft: Draft) -> Channel:
         info = draft.listed(RELEASE).get(target)
@@ -98,12 +99,17 @@ def publish(
             raise ReleaseError(f"{store} has no release {target}")
         _check_made_for(info, hardware)
         before = _read(draft, path)
-        if before and before[COUNTER] >= counter_of(info):
-            if before[COUNTER] > counter_of(info):
-                _log.warning("%s names release %s already: left so", path, before[COUNTER])
+        if before and before[COUNTER] > counter_of(info):
+            warn("%s names release %s already: left so", path, before[COUNTER])
+            return Channel(path=path, content=before, changed=False)
+        halted = bool(before and before["rollout"]["halted"])
+        if halted:
+            warn("%s stays halted: resume lets release %s go", path, counter_of(info))
+        if before and before[COUNTER] == counter_of(info):
             return Channel(path=path, content=before, changed=False)
         names = {"hardware": hardware, "channel": channel, "run": run}
-        return _write(draft, path, _content(draft, info, names, rollout, health))
+        share = rollout | {"halted": halted}
+        return _write(draft, path, _content(draft, info, names, share, health))
 
     return _transact("Publish", store, keys, edit)
 
@@ -137,7 +143,7 @@ def ramp(
 
 
 def halt(*, store: str, keys: Path, hardware: str = ANY, channel: str = STABLE) -> Channel:
-    """Stop a channel: no further vehicle takes the release until `resume`.
+    """Stop a channel: until `resume`, no further vehicle takes its release, nor any later one.
 
     Args:
         store: As for `ramp`.
