@@ -86,42 +86,38 @@ def publish(
 ) -> None:
     """Release a file, and let a channel name it.
 
-    The file is signed with the key of `release`, the channel with that of `rollout`. What is there
-    already is left as it is, so that a retry does no harm. With --channel "" no channel changes.
+    The file is signed with the key of `release`, the channel with that of `rollout`; both happen or
+    neither does. What is there already is left as it is, so that a retry does no harm. With
+    --channel "" no channel changes.
     """
     with terminal.polite(debug):
         from filterpress import release
         from filterpress.release import rollout
-        from filterpress.release.channel import Check, path_of, terms
+        from filterpress.release.channel import Check, path_of
         from filterpress.release.keys import keys_for
 
-        folder, groups = keys_for(store, keys), cohort or []
+        name_it = None
         if channel:
-            # Before the release, so that a mistake here leaves nothing behind.
-            path_of(hardware, channel)
-            terms(percent, groups, not_before)
+            name_it = rollout.naming(
+                hardware=hardware,
+                channel=channel,
+                percent=percent,
+                cohorts=cohort or [],
+                not_before=not_before,
+                check=Check(max_ms=max_ms, max_mb=max_mb),
+            )
         issued = release.publish_network(
             file.read_bytes(),
             name=name,
             custom={},
             store=store,
-            keys=folder,
+            keys=keys_for(store, keys),
             hardware=made_for or ["any"],
+            then=name_it,
         )
         report = asdict(issued)
         if channel:
-            set_to = rollout.publish(
-                issued.target,
-                store=store,
-                keys=folder,
-                hardware=hardware,
-                channel=channel,
-                percent=percent,
-                cohorts=groups,
-                not_before=not_before,
-                check=Check(max_ms=max_ms, max_mb=max_mb),
-            )
-            report |= {"channel": set_to.path}
+            report |= {"channel": path_of(hardware, channel)}
     terminal.show(report, json)
 
 

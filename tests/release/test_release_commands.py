@@ -185,11 +185,32 @@ def test_what_cannot_be_done_is_one_line(folder, monkeypatch, arguments, says):
     assert says in line
 
 
-def test_what_cannot_be_done_leaves_no_release(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["one.fpk", "--percent", "101"], "percent must be from 0 to 100"),
+        (["one.fpk", "--not-before", "soon"], "not_before must be a time"),
+        (["one.fpk", "--hardware", "a/b"], "hardware must be letters"),
+        (["one.fpk", "--hardware", "lidar", "--made-for", "cam"], "made for cam, not for lidar"),
+        (["no-network.fpk"], "the file is truncated or damaged"),
+        (["no-network.fpk", "--channel", ""], "the file is truncated or damaged"),
+    ],
+)
+def test_what_cannot_be_done_leaves_no_release(folder, monkeypatch, wrong, says):
     monkeypatch.chdir(folder)
-    for wrong in (["--percent", "101"], ["--not-before", "soon"], ["--hardware", "a/b"]):
-        assert "must be" in refusal("publish", "one.fpk", "--store", "store", *wrong)
+    Path("no-network.fpk").write_bytes(ONE[:-1])
+    assert says in refusal("publish", *wrong, "--store", "store")
     assert not Path("store").exists()
+
+
+def test_who_may_not_roll_out_releases_nothing_into_a_channel(store, folder, root, contents):
+    (folder / "keys" / "rollout.pem").unlink()
+    before = contents(store)
+    (folder / "three.fpk").write_bytes(network(weight(0, 0.1)))
+    given = (folder / "three.fpk", "--store", store, "--name", "demo")
+    assert "cannot read the key file2:rollout.pem" in refusal("publish", *given)
+    assert contents(store) == before
+    assert report_of("publish", *given, "--channel", "")["version"] == 3
 
 
 def test_keys_are_never_overwritten(folder):

@@ -22,6 +22,7 @@ from typing import Any
 from tuf.api.metadata import TargetFile
 
 from filterpress.codec import make_delta
+from filterpress.codec.graph import to_onnx
 from filterpress.errors import BitstreamError, ReleaseError
 from filterpress.release.names import ANY, COUNTER, HARDWARE, MODEL, is_segment
 from filterpress.release.store import open_store
@@ -69,6 +70,7 @@ def publish(
     keys: Path,
     hardware: Sequence[str] = (ANY,),
     n_deltas: int = 3,
+    then: Callable[[Draft, str], object] | None = None,
 ) -> Release:
     """Sign a file and make it the store's newest release, with deltas from those before it.
 
@@ -87,6 +89,8 @@ def publish(
         hardware: Kinds of vehicle that the file is made for; ``any`` for all.
         n_deltas: For how many earlier releases of the same name to publish a delta, where it has
             less than 0.7 of the bytes of the file.
+        then: What else to change in the same step, given the target, such as to let a channel name
+            it: `filterpress.release.rollout.naming`.
 
     Returns:
         The release; ``created`` is False if the same file was there before.
@@ -123,6 +127,8 @@ def publish(
                 f"{target} is released already with sha256 {listed.hashes['sha256']}: "
                 "choose another target for another file"
             )
+        if then:
+            then(draft, target)
         return _release(store, draft.listed(RELEASE), listed, created=new)
 
     return transact(store, keys, edit)
@@ -136,6 +142,7 @@ def publish_network(
     store: str,
     keys: Path,
     hardware: Sequence[str] = (ANY,),
+    then: Callable[[Draft, str], object] | None = None,
 ) -> Release:
     """Release an encoded file under its name and digest, so that a retry issues nothing new.
 
@@ -146,18 +153,21 @@ def publish_network(
         store: As for `publish`.
         keys: As for `publish`.
         hardware: As for `publish`.
+        then: As for `publish`.
 
     Returns:
         The release, ``models/<name>/<first 16 of its digest>/model.fpk``.
 
     Raises:
         ValueError: As for `publish`, and for a name that cannot be part of a path.
+        BitstreamError: The file holds no network.
         ReleaseError: As for `publish`.
     """
     if not is_segment(name):
         raise ValueError(
             f"name must be letters, digits, '.', '_' and '-', not '.' first, got {name!r}"
         )
+    to_onnx(file)  # a release is for ever: not one that no vehicle can decode
     digest = hashlib.sha256(file).hexdigest()
     return publish(
         file,
@@ -166,6 +176,7 @@ def publish_network(
         store=store,
         keys=keys,
         hardware=hardware,
+        then=then,
     )
 
 

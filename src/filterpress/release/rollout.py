@@ -71,6 +71,47 @@ def publish(
         target: Path of a release in the store.
         store: Directory or ``gs://bucket/prefix``.
         keys: Folder of keys; those of ``rollout``, ``snapshot`` and ``timestamp`` are enough.
+        hardware: As for `naming`.
+        channel: As for `naming`.
+        percent: As for `naming`.
+        cohorts: As for `naming`.
+        not_before: As for `naming`.
+        check: As for `naming`.
+        run: As for `naming`.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ValueError: As for `naming`.
+        BitstreamError: As for `naming`.
+        ReleaseError: As for `naming`, or the store or the keys cannot be used or trusted.
+    """
+    name = naming(
+        hardware=hardware,
+        channel=channel,
+        percent=percent,
+        cohorts=cohorts,
+        not_before=not_before,
+        check=check,
+        run=run,
+    )
+    return transact(store, keys, lambda draft: name(draft, target))
+
+
+def naming(
+    *,
+    hardware: str = ANY,
+    channel: str = STABLE,
+    percent: float = ALL,
+    cohorts: Sequence[str] = (),
+    not_before: str = "",
+    check: Check | None = None,
+    run: str = "",
+) -> Callable[[Draft, str], Channel]:
+    """Prepare a channel to name a release, in a step that may change more than the channel.
+
+    Args:
         hardware: Kind of vehicle that the channel is for.
         channel: Name of the channel.
         percent: Share of the vehicles that take part, 0 to 100 in hundredths.
@@ -80,23 +121,22 @@ def publish(
         run: What made the release, for the record.
 
     Returns:
-        The channel.
+        What lets the channel of a draft name the release with a path, and returns the channel. It
+        raises `BitstreamError` if the release holds no network, and `ReleaseError` if there is no
+        such release for this hardware.
 
     Raises:
         ValueError: An argument is outside these bounds.
-        BitstreamError: The release holds no network.
-        ReleaseError: There is no such release for this hardware, or the store or the keys cannot be
-            used or trusted.
     """
     path = path_of(hardware, channel)
     rollout = terms(percent, cohorts, not_before)
     health = _health(check or Check())
     warn = cache(_log.warning)  # once, however often a publisher has to try again
 
-    def edit(draft: Draft) -> Channel:
+    def name(draft: Draft, target: str) -> Channel:
         info = draft.listed(RELEASE).get(target)
         if info is None or not counter_of(info):
-            raise ReleaseError(f"{store} has no release {target}")
+            raise ReleaseError(f"the store has no release {target}")
         _check_made_for(info, hardware)
         before = _read(draft, path)
         if before and before[COUNTER] > counter_of(info):
@@ -111,7 +151,7 @@ def publish(
         share = rollout | {"halted": halted}
         return _write(draft, path, _content(draft, info, names, share, health))
 
-    return _transact("Publish", store, keys, edit)
+    return name
 
 
 def ramp(

@@ -173,13 +173,16 @@ def publish(
     """
     from filterpress import measurement, package, release, reporting
     from filterpress.release import rollout
-    from filterpress.release.channel import path_of, terms
+    from filterpress.release.channel import path_of
     from filterpress.release.keys import keys_for
 
     hardware, _, channel_name = channel.partition("/")
-    # Before anything is released, so that a mistake here leaves nothing behind.
-    terms(percent, (), "")
-    path = path_of(hardware, channel_name) if channel else ""
+    path, name_it = "", None
+    if channel:
+        path = path_of(hardware, channel_name)
+        name_it = rollout.naming(
+            hardware=hardware, channel=channel_name, percent=percent, run=run
+        )
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy)
     encoded = encoded_file(model)
@@ -198,17 +201,9 @@ def publish(
             name=name,
             # signed metadata knows no fractions: numbers travel as text
             custom={k: str(evaluated[k]) for k in SIGNED},
+            then=name_it,
             **place,
         )
-        if channel:
-            rollout.publish(
-                issued.target,
-                hardware=hardware,
-                channel=channel_name,
-                percent=percent,
-                run=run,
-                **place,
-            )
         report = {k: v for k, v in evaluated.items() if k != "layers"} | {
             "stage": "publish",
             "decision": "publish",
