@@ -192,6 +192,7 @@ def test_what_cannot_be_done_is_one_line(folder, monkeypatch, arguments, says):
         (["one.fpk", "--not-before", "soon"], "not_before must be a time"),
         (["one.fpk", "--hardware", "a/b"], "hardware must be letters"),
         (["one.fpk", "--hardware", "lidar", "--made-for", "cam"], "made for cam, not for lidar"),
+        (["one.fpk", "--max-ms", "-1"], "max_ms must be finite and from 0, got -1"),
         (["no-network.fpk"], "the file is truncated or damaged"),
         (["no-network.fpk", "--channel", ""], "the file is truncated or damaged"),
     ],

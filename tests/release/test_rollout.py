@@ -16,10 +16,11 @@ import pytest
 from tuf.api.metadata import Metadata, TargetFile
 
 from filterpress.codec import apply_delta, quantize, snap
-from filterpress.errors import BitstreamError, ReleaseError
+from filterpress.errors import BitstreamError, ModelError, ReleaseError
 from filterpress.release import fetch, golden, latest, publish, rollout
 from filterpress.release.channel import Check
 from filterpress.release.transaction import transact
+from tests.release.device.fleet import encoded
 from tests.release.encoded import SHAPE, network, weight
 from tests.release.test_attacks import list_again, resign
 from tests.release.test_interruption import killed_at_change
@@ -348,6 +349,40 @@ def test_what_a_channel_cannot_say_is_refused_by_name(tmp_path, keys, given, rul
     with pytest.raises(ValueError, match=rule):
         rollout.publish(target_of(ONE), store=str(tmp_path / "none"), keys=keys, **given)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"atol": -0.1}, "atol must be finite and from 0, got -0.1"),
+        ({"atol": float("nan")}, "atol must be finite and from 0, got nan"),
+        ({"atol": float("inf")}, "atol must be finite and from 0, got inf"),
+        ({"max_ms": -1}, "max_ms must be finite and from 0, got -1"),
+        ({"max_mb": -1}, "max_mb must be finite and from 0, got -1"),
+    ],
+)
+def test_a_check_that_no_network_could_pass_is_refused_by_name(given, rule):
+    with pytest.raises(ValueError, match=rule):
+        Check(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("not finite", "answer with finite numbers"), ("does not run", "network must run, got .*")],
+)
+def test_a_network_that_every_vehicle_would_refuse_is_not_offered(directory, keys, kind, reason):
+    broken = encoded(kind=kind)
+    release(directory, keys, broken)
+    with pytest.raises(ModelError, match=reason):
+        rollout.publish(target_of(broken), store=directory, keys=keys)
+
+
+def test_a_channel_is_no_longer_than_a_vehicle_reads(channel, keys, contents):
+    before = contents(channel)
+    with pytest.raises(ReleaseError, match=r"stable\.json would have \d+ bytes, .* fewer images"):
+        rollout.publish(target_of(TWO), store=channel, keys=keys, check=Check(count=900))
+    assert contents(channel) == before
 
 
 def test_a_channel_of_another_version_is_left_alone(channel, keys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,10 +24,13 @@ class Check:
 
     Attributes:
         seed: Of the images that it makes.
-        count: Number of images.
+        count: Number of images, at least 1.
         atol: How far each output may be from that of the publisher.
         max_ms: Longest median time of one image, in milliseconds; 0 for no bound.
         max_mb: Most memory of the process that tries it, in MB; 0 for no bound.
+
+    Raises:
+        ValueError: A bound is one that no network could keep.
     """
 
     seed: int = 0
@@ -34,6 +38,13 @@ class Check:
     atol: float = 1e-3
     max_ms: int = 0
     max_mb: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count!r}")
+        for name in ("atol", "max_ms", "max_mb"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and from 0, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tuf.api.metadata import TargetFile
 
 from filterpress.codec.graph import to_onnx
-from filterpress.errors import ReleaseError
+from filterpress.errors import ModelError, ReleaseError
 from filterpress.release import golden
 from filterpress.release.channel import (
     ALL,
@@ -33,7 +34,7 @@ from filterpress.release.channel import (
     terms,
 )
 from filterpress.release.cluster import mirror
-from filterpress.release.names import ANY, COUNTER, HARDWARE, SCHEMA
+from filterpress.release.names import ANY, COUNTER, HARDWARE, MAX_CHANNEL, SCHEMA
 from filterpress.release.repository import (
     add_deltas,
     counter_of,
@@ -85,6 +86,7 @@ def publish(
     Raises:
         ValueError: As for `naming`.
         BitstreamError: As for `naming`.
+        ModelError: As for `naming`.
         ReleaseError: As for `naming`, or the store or the keys cannot be used or trusted.
     """
     name = naming(
@@ -122,8 +124,9 @@ def naming(
 
     Returns:
         What lets the channel of a draft name the release with a path, and returns the channel. It
-        raises `BitstreamError` if the release holds no network, and `ReleaseError` if there is no
-        such release for this hardware.
+        raises `BitstreamError` if the release holds no network, `ModelError` if that does not run
+        or answers with numbers that are not finite, and `ReleaseError` if there is no such release
+        for this hardware, or its answers take more than a channel may have.
 
     Raises:
         ValueError: An argument is outside these bounds.
@@ -349,7 +352,14 @@ def _check_made_for(info: TargetFile, hardware: str) -> None:
 def _health(check: Check) -> Callable[[bytes], Json]:
     @cache
     def outputs(file: bytes) -> list[list[float]]:
-        return golden.outputs(to_onnx(file), check.seed, check.count)
+        model = to_onnx(file)
+        try:
+            found = golden.outputs(model, check.seed, check.count)
+        except Exception as error:  # whatever the runtime raises, the network does not run
+            raise ModelError(f"the network must run, got {str(error)[:200]}") from error
+        if not np.isfinite(found).all():
+            raise ModelError("the network must answer with finite numbers: no vehicle would run it")
+        return found
 
     return lambda file: {**asdict(check), "outputs": outputs(file)}
 
@@ -371,5 +381,11 @@ def _read_known(draft: Draft, path: str, store: str) -> Json:
 
 
 def _write(draft: Draft, path: str, content: Json) -> Channel:
-    draft.add(ROLLOUT, path, json.dumps(content, indent=1).encode() + b"\n", {})
+    data = json.dumps(content, indent=1).encode() + b"\n"
+    if len(data) > MAX_CHANNEL:
+        raise ReleaseError(
+            f"{path} would have {len(data)} bytes, and a vehicle reads {MAX_CHANNEL}: let it check "
+            "fewer images"
+        )
+    draft.add(ROLLOUT, path, data, {})
     return Channel(path=path, content=content, changed=True)

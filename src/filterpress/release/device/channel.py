@@ -14,8 +14,6 @@ from tuf.api.exceptions import RepositoryError
 
 from filterpress.release.names import COUNTER, MODEL, SCHEMA
 
-MAX_BYTES = 2**20
-
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

@@ -21,7 +21,7 @@ from filterpress.release.device.download import download
 from filterpress.release.device.identity import ROOT, Identity
 from filterpress.release.device.slots import Manifest
 from filterpress.release.device.source import Limits, MetadataFetcher, Source
-from filterpress.release.names import ANY, COUNTER, HARDWARE
+from filterpress.release.names import ANY, COUNTER, HARDWARE, MAX_CHANNEL
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def find_offer(
     listed = client.get_targetinfo(name)
     if listed is None:
         raise ReleaseError(f"the store has no {name}")
-    if listed.length > channel.MAX_BYTES:
+    if listed.length > MAX_CHANNEL:
         raise RepositoryError(f"{name} has {listed.length} bytes")
     kept = home / "channel.json"
     if not _holds(kept, listed):
