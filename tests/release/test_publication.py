@@ -96,8 +96,11 @@ def test_the_first_publication_makes_development_keys(store, tmp_path):
     assert fetch(store, TARGET, root=root) == FILE
 
 
-def test_a_real_bucket_gets_no_development_keys(tmp_path, monkeypatch):
+@pytest.mark.parametrize("emulator", [None, ""])
+def test_a_real_bucket_gets_no_development_keys(tmp_path, monkeypatch, emulator):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    if emulator is not None:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
     with pytest.raises(ReleaseError, match="holds no keys"):
         publish(
             FILE, target="models/m/1/file", custom={}, store="gs://bucket/x", keys=tmp_path / "keys"

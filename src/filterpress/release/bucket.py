@@ -5,7 +5,6 @@ The client finds its own credentials; with ``STORAGE_EMULATOR_HOST`` set it need
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,7 +16,7 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 
 from filterpress.errors import ReleaseError
-from filterpress.release.store import ConflictError
+from filterpress.release.store import ConflictError, is_emulated
 
 _IMMUTABLE = "public, max-age=31536000, immutable"
 # Without this, anything between the bucket and a reader may serve an old release for an hour.
@@ -87,7 +86,7 @@ class BucketStore:
 
 
 def _client() -> storage.Client:
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
+    if is_emulated():
         anonymous = AnonymousCredentials()  # type: ignore[no-untyped-call]
         return storage.Client(project="emulator", credentials=anonymous)
     return storage.Client()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,11 @@ class Store(Protocol):
         Raises:
             ReleaseError: The store cannot be read.
         """
+
+
+def is_emulated() -> bool:
+    """Say whether buckets are those of an emulator."""
+    return bool(os.environ.get("STORAGE_EMULATOR_HOST"))
 
 
 def open_store(uri: str) -> Store:

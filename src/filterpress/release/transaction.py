@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from filterpress.errors import ReleaseError
 from filterpress.release.cluster import turn
 from filterpress.release.keys import LIFE, Keys, load_keys
 from filterpress.release.names import ISSUED, payload_name
-from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
+from filterpress.release.store import ConflictError, DirectoryStore, Store, is_emulated, open_store
 from filterpress.release.trust import (
     DELEGATED,
     TIMESTAMP,
@@ -188,7 +187,7 @@ def open_for_signing(store: str, keys: Path) -> tuple[Store, Keys]:
     opened = open_store(store)
     if isinstance(opened, DirectoryStore) and keys.resolve().is_relative_to(opened.path.resolve()):
         raise ValueError(f"keys must lie outside the store {store}, got {keys}")
-    trial = isinstance(opened, DirectoryStore) or "STORAGE_EMULATOR_HOST" in os.environ
+    trial = isinstance(opened, DirectoryStore) or is_emulated()
     return opened, load_keys(keys, development=trial)
 
 
