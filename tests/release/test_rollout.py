@@ -129,6 +129,16 @@ def test_deltas_start_from_the_last_releases_of_the_same_name_only(directory, ke
     assert set(made.deltas) == {hashlib.sha256(file).hexdigest() for file in files[3:5]}
 
 
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"altered")])
+def test_an_old_release_that_is_lost_costs_its_delta_and_no_more(channel, keys, root, caplog, lost):
+    (path,) = Path(channel).glob(f"targets/{target_of(ONE).replace('model.fpk', '*.model.fpk')}")
+    lost(path)
+    made = release(channel, keys, THREE)
+    assert set(made.deltas) == {hashlib.sha256(TWO).hexdigest()}
+    assert fetch(channel, made.target, root=root) == THREE
+    assert "no delta from release 1: " in caplog.text
+
+
 def test_a_file_that_is_no_network_has_no_deltas_and_no_channel(directory, keys):
     release(directory, keys, b"one")
     assert release(directory, keys, b"two").deltas == {}

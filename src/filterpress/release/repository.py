@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import TargetFile
 
 from filterpress.codec import make_delta
@@ -269,7 +270,15 @@ def add_deltas(
             others.setdefault(info.hashes["sha256"], info)
     for digest, old in list(others.items())[:count]:
         path = f"{model_folder(new)}/from-{digest[:16]}.fpd"
-        if path not in listed and (delta := change(draft.read(old), file)) is not None:
+        if path in listed:
+            continue
+        try:
+            before = draft.read(old)
+        except (ReleaseError, RepositoryError) as error:
+            # What is lost of an old release must not keep a new one back.
+            _log.warning("no delta from release %d: %s", counter_of(old), error)
+            continue
+        if (delta := change(before, file)) is not None:
             draft.add(RELEASE, path, delta, {OLD_DIGEST: digest})
 
 
