@@ -11,7 +11,7 @@ import pytest
 from tuf.api.metadata import Metadata
 
 from filterpress.errors import ReleaseError
-from filterpress.release import create_keys, fetch, publish, refresh
+from filterpress.release import create_keys, fetch, latest, publish, refresh
 from filterpress.release.keys import LIFE, Keys
 from filterpress.release.transaction import transact
 
@@ -65,6 +65,13 @@ def test_a_refresh_issues_a_timestamp_and_nothing_that_has_long_to_live(
     assert changed == {"metadata/timestamp.json"}
     assert signed(published, "timestamp").version == 2
     assert fetch(published, TARGET, root=root) == b"file"
+
+
+def test_a_refresh_does_not_begin_a_store_at_a_mistyped_address(store, keys, root):
+    with pytest.raises(ReleaseError, match="is empty: there is nothing to refresh"):
+        refresh(store=store, keys=keys)
+    with pytest.raises(ReleaseError, match=r"metadata/timestamp\.json is missing"):
+        latest(store, root=root)
 
 
 @pytest.fixture

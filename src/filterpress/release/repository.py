@@ -189,9 +189,16 @@ def refresh(*, store: str, keys: Path) -> None:
         keys: Folder of keys; those of the timestamp and the snapshot are enough.
 
     Raises:
-        ReleaseError: The store or the keys cannot be used or trusted.
+        ReleaseError: The store is empty, or it or the keys cannot be used or trusted.
     """
-    transact(store, keys, Draft.renew)
+
+    def edit(draft: Draft) -> None:
+        if draft.state.generation == 0:
+            # Not begun here: whoever mistypes an address must not believe that all is well.
+            raise ReleaseError(f"{store} is empty: there is nothing to refresh")
+        draft.renew()
+
+    transact(store, keys, edit)
 
 
 def fetch(store: str, target: str, *, root: bytes) -> bytes:
