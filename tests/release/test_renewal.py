@@ -110,6 +110,20 @@ def test_a_refresh_needs_the_keys_of_timestamp_and_snapshot_only(
         publish(b"new", target="models/demo/b/file", custom={}, store=directory, keys=few)
 
 
+@pytest.mark.parametrize(("behind", "refused"), [(200, False), (400, True), (3e8, True)])
+def test_a_publisher_whose_clock_is_behind_signs_nothing(
+    published, keys, contents, monkeypatch, behind, refused
+):
+    before, now = contents(published), time.time()
+    monkeypatch.setattr(time, "time", lambda: now - behind)
+    if refused:
+        with pytest.raises(ReleaseError, match=r"clock of this machine is .* behind"):
+            refresh(store=published, keys=keys)
+    else:
+        refresh(store=published, keys=keys)
+    assert (contents(published) == before) is refused
+
+
 def test_an_empty_store_is_begun_with_signed_targets_or_not_at_all(directory, keys, tmp_path):
     folder = shutil.copytree(keys, tmp_path / "keys")
     (folder / "targets.json").unlink()

@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _TRIES = 20
 _ROOT_WARNING = timedelta(days=30)
+_MAX_BEHIND = 300  # seconds: clocks differ a little
 # What is renewed at all is renewed when this share of its life is left.
 _SHARE_LEFT = 1 / 4
 
@@ -165,7 +166,9 @@ def transact(store: str, keys: Path, edit: Callable[[Draft], T]) -> T:
         try:
             with turn(store), reported(store):
                 root = newest_root(opened, trusted_root(signing.root))
-                draft = Draft(opened, read_state(opened, root, signing.first_targets))
+                state = read_state(opened, root, signing.first_targets)
+                _check_clock(state.timestamp)
+                draft = Draft(opened, state)
                 result = edit(draft)
                 commit(opened, draft, signing)
         except ConflictError:
@@ -289,6 +292,17 @@ def signed_by(role: str, state: State) -> Root | Targets:
 
 def _meta(version: int, data: bytes) -> MetaFile:
     return MetaFile(version, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def _check_clock(timestamp: Timestamp) -> None:
+    """Refuse to sign what readers, who know what time it is at least, would take for expired."""
+    issued = timestamp.unrecognized_fields.get(ISSUED)
+    behind = issued - int(time.time()) if isinstance(issued, int) else 0
+    if behind > _MAX_BEHIND:
+        raise ReleaseError(
+            f"the clock of this machine is {behind // 60} minutes behind the last publisher's: set "
+            "it right, or if that one was ahead, exchange the key of the timestamp"
+        )
 
 
 def _warn_of_root(root: Root) -> None:
