@@ -95,6 +95,28 @@ def test_a_recall_of_what_runs_raises_the_counter_for_good(vehicle, store):
         vehicle.update()
 
 
+def test_a_recall_is_in_time_for_what_waits_for_its_trial(vehicle, store, runs):
+    store.publish(V2)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.update() is Outcome.TRIAL_PENDING
+    store.publish(V1, target=f"models/demo/{digest(V1)[:16]}-3/model.fpk")
+    assert vehicle.update() is Outcome.CURRENT
+    assert runs() == digest(V1)
+
+
+def test_a_halt_is_in_time_for_what_waits_for_its_trial(vehicle, store, server, runs):
+    store.publish(V2)
+    assert vehicle.update() is Outcome.STAGED
+    store.publish(V2, rollout={"halted": True})
+    assert vehicle.update() is Outcome.WAITING
+    assert runs() == digest(V1)
+    store.publish(V2)
+    server.requests.clear()
+    assert vehicle.update() is Outcome.STAGED
+    assert not [name for name, _ in server.requests if "model.fpk" in name]  # it was still there
+    assert runs() == digest(V2)
+
+
 # Rollouts
 
 

@@ -108,8 +108,6 @@ class Vehicle:
         """
         with self._alone():
             known = self._state()
-            if known.trial:
-                return Outcome.TRIAL_PENDING
             try:
                 outcome = self._update(known, source or self.identity.store)
             except (RepositoryError, DownloadLengthMismatchError, SlowRetrievalError) as error:
@@ -183,11 +181,17 @@ class Vehicle:
         client.refresh()
         me = self.identity
         offer = find_offer(client, source, self.home, me, known.release_counter, self._limits)
+        rollout = offer.channel.rollout
+        if known.trial:
+            if known.trial.sha256 == offer.sha256 and not rollout.halted:
+                return Outcome.TRIAL_PENDING
+            # Halted, recalled or followed by another before the vehicle came to try it.
+            known = replace(known, trial=None)
+            self._save(known)
         if offer.sha256 in known.bad:
             return Outcome.KNOWN_BAD
         if self._has(offer, known):
             return Outcome.CURRENT
-        rollout = offer.channel.rollout
         if not rollout.includes(me.device_id, me.cohorts, client.reference_time):
             return Outcome.WAITING
         if shutil.disk_usage(self.home).free < offer.info.length + _SPARE_BYTES:
