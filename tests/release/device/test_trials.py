@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from filterpress.codec.graph import to_onnx
+from filterpress.errors import ReleaseError
 from filterpress.release.device import identity, trial
 from filterpress.release.device.identity import Identity
 from filterpress.release.device.vehicle import Outcome, Vehicle
@@ -142,6 +143,22 @@ def test_a_file_that_cannot_be_decoded_is_bad(home, store):
         vehicle.update()
     assert vehicle.update() is Outcome.KNOWN_BAD
     assert vehicle.boot().manifest.sha256 == digest(V1)
+
+
+def test_a_release_for_which_there_was_no_memory_is_tried_again(home, store, server, monkeypatch):
+    def exhaust(data):
+        raise MemoryError
+
+    store.publish(V2)
+    vehicle = Vehicle(home, limits=LIMITS)
+    with monkeypatch.context() as short:
+        short.setattr("filterpress.codec.graph.to_onnx", exhaust)
+        with pytest.raises(ReleaseError, match="not enough memory to decode the release"):
+            vehicle.update()
+    server.requests.clear()
+    assert vehicle.update() is Outcome.STAGED
+    assert not [name for name, _ in server.requests if "model.fpk" in name]  # it was still there
+    assert vehicle.boot().manifest.sha256 == digest(V2)
 
 
 def test_a_first_release_that_fails_its_trial_does_not_run(tmp_path, store, server):

@@ -217,7 +217,10 @@ class Vehicle:
 
         try:
             model = to_onnx(part.read_bytes())
-        except (BitstreamError, MemoryError) as error:
+        except MemoryError as error:
+            # Perhaps the vehicle was busy: not the fault of the release.
+            raise ReleaseError("there is not enough memory to decode the release") from error
+        except BitstreamError as error:
             self._save(replace(known, bad=known.with_bad(offer.sha256)))
             raise ReleaseError(f"the release cannot be decoded: {error}") from error
         running = self._running(known)
