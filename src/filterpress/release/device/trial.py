@@ -37,7 +37,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         reason: Why the network failed; empty if it passed.
-        final: Whether it would fail again: the network was measured, not cut short.
+        final: Whether it would fail again: it was not cut short, nor slow on a vehicle that may
+            have been busy.
     """
 
     reason: str
@@ -61,20 +62,21 @@ def run(model: Path, health: Mapping[str, Any], timeout_s: float = TIMEOUT_S) ->
             command,
             input=json.dumps(dict(health)),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return Verdict(f"it did not answer within {timeout_s} s", final=False)
     try:
-        return Verdict(str(json.loads(done.stdout)["reason"]), final=True)
-    except (ValueError, KeyError, TypeError):
+        return Verdict(**json.loads(done.stdout))
+    except (ValueError, TypeError):
         last = done.stderr.strip().rpartition("\n")[2][-200:]
         return Verdict(f"it ended with code {done.returncode}: {last}", final=False)
 
 
-def examine(model: bytes, health: Mapping[str, Any]) -> str:
+def examine(model: bytes, health: Mapping[str, Any]) -> Verdict:
     """Run a network and compare.
 
     Args:
@@ -82,27 +84,31 @@ def examine(model: bytes, health: Mapping[str, Any]) -> str:
         health: What to expect of it.
 
     Returns:
-        Why it fails; empty if it does not.
+        How it went.
     """
     try:
         answers, milliseconds = _answers(model, int(health["seed"]), int(health["count"]))
         expected = np.asarray(health["outputs"], np.float64)
         bounds = {name: float(health[name]) for name in ("atol", "max_ms", "max_mb")}
     except Exception as error:  # noqa: BLE001 (whatever the runtime raises, the network failed)
-        return f"it does not run: {type(error).__name__}: {str(error)[:200]}"
+        return Verdict(f"it does not run: {type(error).__name__}: {str(error)[:200]}", final=True)
     if not np.isfinite(answers).all():
-        return "its answers are not finite"
+        return Verdict("its answers are not finite", final=True)
     if answers.shape != expected.shape:
-        return f"its answers have shape {answers.shape}, not {expected.shape}"
+        return Verdict(f"its answers have shape {answers.shape}, not {expected.shape}", final=True)
     # Turned round, NaN among the expectations would pass for agreement.
     furthest = float(np.abs(answers - expected).max(initial=0))
     if not furthest <= bounds["atol"]:
-        return f"an answer is off by {furthest:.3g}, more than {bounds['atol']:.3g}"
+        return Verdict(
+            f"an answer is off by {furthest:.3g}, more than {bounds['atol']:.3g}", final=True
+        )
     if 0 < bounds["max_ms"] < milliseconds:
-        return f"an image takes {milliseconds:.1f} ms, more than {bounds['max_ms']:g}"
+        return Verdict(
+            f"an image takes {milliseconds:.1f} ms, more than {bounds['max_ms']:g}", final=False
+        )
     if 0 < bounds["max_mb"] < (megabytes := _peak_megabytes()):
-        return f"it takes {megabytes:.0f} MB, more than {bounds['max_mb']:g}"
-    return ""
+        return Verdict(f"it takes {megabytes:.0f} MB, more than {bounds['max_mb']:g}", final=True)
+    return Verdict("", final=True)
 
 
 def _answers(model: bytes, seed: int, count: int) -> tuple[NDArray[np.float64], float]:
@@ -137,7 +143,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     # If the parent is killed, nobody else ends a network that hangs.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    json.dump({"reason": examine(model.read_bytes(), json.load(sys.stdin))}, sys.stdout)
+    json.dump(examine(model.read_bytes(), json.load(sys.stdin))._asdict(), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ class Vehicle:
             # Not the fault of the release: it may be fetched again.
             self._save(replace(known, trial=None, error="the new slot was damaged"))
             return
-        verdict = trial.Verdict("every trial was cut short", final=True)
+        verdict = trial.Verdict("no trial of it ended well", final=True)
         if pending.tries > 0:
             # Before the trial: whatever it does to the vehicle, it was counted.
             known = replace(known, trial=replace(pending, tries=pending.tries - 1))
