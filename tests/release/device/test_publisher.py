@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnxruntime
 import pytest
 
+from filterpress.codec.graph import to_onnx
 from filterpress.release import audit, create_keys, publish, refresh, rollout
 from filterpress.release.device import identity
 from filterpress.release.device.identity import Identity
 from filterpress.release.device.vehicle import Outcome, Vehicle
-from tests.release.device.fleet import digest, encoded
+from tests.release.device.fleet import IMAGE, digest, encoded
 
 FILES = [encoded(seed, width=16) for seed in range(3)]
+IMAGES = np.random.default_rng(5).normal(size=(3, *IMAGE)).astype(np.float32)
+
+
+def answers(model):
+    return onnxruntime.InferenceSession(model).run(None, {"x": IMAGES})[0]
 
 
 class Fleet:
@@ -28,9 +36,12 @@ class Fleet:
         publish(data, target=target, custom={}, **self.where)
         return rollout.publish(target, **options, **self.where)
 
-    def runs(self):
-        manifest = self.vehicle.boot().manifest
-        return manifest.sha256, manifest.release_counter
+    def runs(self, data, counter):
+        """Say whether the vehicle runs a release, and answers as its publisher's network does."""
+        model = self.vehicle.boot()
+        found = (model.manifest.sha256, model.manifest.release_counter)
+        np.testing.assert_array_equal(answers(model.path.read_bytes()), answers(to_onnx(data)))
+        return found == (digest(data), counter)
 
 
 @pytest.fixture
@@ -39,7 +50,7 @@ def fleet(tmp_path, server):
     fleet = Fleet(tmp_path, server.url)
     fleet.release(FILES[0])
     assert fleet.vehicle.update() is Outcome.STAGED
-    assert fleet.runs() == (digest(FILES[0]), 1)
+    assert fleet.runs(FILES[0], 1)
     return fleet
 
 
@@ -49,12 +60,12 @@ def test_a_release_arrives_as_a_delta_and_a_recall_without_a_download(fleet, ser
     assert fleet.vehicle.update() is Outcome.STAGED
     fetched = [name for name, _ in server.requests if name.startswith("targets/models")]
     assert [name.rpartition(".")[2] for name in fetched] == ["fpd"]
-    assert fleet.runs() == (digest(FILES[1]), 2)
+    assert fleet.runs(FILES[1], 2)
     rollout.recall(1, **fleet.where)
     server.requests.clear()
     assert fleet.vehicle.update() is Outcome.STAGED
     assert not [name for name, _ in server.requests if name.startswith("targets/models")]
-    assert fleet.runs() == (digest(FILES[0]), 3)
+    assert fleet.runs(FILES[0], 3)
 
 
 def test_a_ramp_takes_the_vehicle_in_and_a_halt_leaves_it_where_it_is(fleet):
@@ -65,7 +76,17 @@ def test_a_ramp_takes_the_vehicle_in_and_a_halt_leaves_it_where_it_is(fleet):
     assert fleet.vehicle.update() is Outcome.WAITING
     rollout.resume(**fleet.where)
     assert fleet.vehicle.update() is Outcome.STAGED
-    assert fleet.runs() == (digest(FILES[1]), 2)
+    assert fleet.runs(FILES[1], 2)
+
+
+def test_a_release_into_a_halted_channel_waits_for_the_resume(fleet):
+    rollout.halt(**fleet.where)
+    fleet.release(FILES[1])
+    assert fleet.vehicle.update() is Outcome.WAITING
+    assert fleet.runs(FILES[0], 1)
+    rollout.resume(**fleet.where)
+    assert fleet.vehicle.update() is Outcome.STAGED
+    assert fleet.runs(FILES[1], 2)
 
 
 def test_a_bundle_is_installed_and_a_renewed_timestamp_is_no_news(fleet, tmp_path, server):
@@ -74,6 +95,6 @@ def test_a_bundle_is_installed_and_a_renewed_timestamp_is_no_news(fleet, tmp_pat
     server.requests.clear()
     assert fleet.vehicle.update(str(tmp_path / "bundle.tar")) is Outcome.STAGED
     assert server.requests == []
-    assert fleet.runs() == (digest(FILES[2]), 2)
+    assert fleet.runs(FILES[2], 2)
     refresh(**fleet.where)
     assert fleet.vehicle.update() is Outcome.CURRENT
