@@ -18,6 +18,7 @@ from tuf.api.metadata import Metadata
 
 from filterpress.errors import ReleaseError
 from filterpress.release import ceremony, fetch, publish, refresh, rollout, roots
+from filterpress.release.store import DirectoryStore
 from tests.release.encoded import network, weight
 from tests.release.test_interruption import killed_at_change
 
@@ -237,6 +238,24 @@ def test_a_root_whose_publisher_died_on_the_way_is_published_by_the_next(
         publish_root()
         assert fetch(store, TARGET, root=first_root) == FILE
     assert killed > 6
+
+
+def test_a_refresh_at_the_same_time_does_not_stop_a_root(begun, people, first_root, monkeypatch):
+    people.made["next"] = make_key(people.folder, "next")
+    ceremony.add_key(people.draft, "timestamp", people.made["next"][1])
+    people.sign("ann", "bob")
+    replace = DirectoryStore.replace
+
+    def replace_second(store, name, *given):
+        if name == "metadata/timestamp.json":
+            monkeypatch.undo()
+            refresh(store=begun, keys=people.keys)
+        replace(store, name, *given)
+
+    monkeypatch.setattr(DirectoryStore, "replace", replace_second)
+    roots.publish(people.draft, store=begun, keys=people.keys)
+    assert (Path(begun) / "metadata" / "2.root.json").exists()
+    assert fetch(begun, TARGET, root=first_root) == FILE
 
 
 def test_a_holder_of_the_root_is_replaced_with_the_signatures_of_old_and_new(

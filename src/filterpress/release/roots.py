@@ -25,6 +25,7 @@ from filterpress.release.transaction import (
     check_keys,
     commit,
     create_or_refuse,
+    insist,
     open_for_signing,
     signed_by,
 )
@@ -83,7 +84,8 @@ def publish(folder: Path, *, store: str, keys: Path) -> Json:
         ReleaseError: Signatures or keys are missing, or the store cannot be used or trusted.
     """
     opened, signing = open_for_signing(store, keys)
-    with reported(store):
+
+    def change() -> None:
         old = roots_from(opened, trusted_root(signing.root))
         roots = _roots_after(folder, old[-1])
         targets = read(path_of(folder, Targets.type, versions(folder, Targets.type)[-1]))
@@ -95,7 +97,7 @@ def publish(folder: Path, *, store: str, keys: Path) -> Json:
         draft = Draft(opened, state)
         uncovered = _uncovered(opened, state, fresh)
         if not (roots or fresh or uncovered):
-            return status(folder)
+            return
         for role in uncovered:
             draft.sign_again(role)
         draft.renew()
@@ -103,6 +105,8 @@ def publish(folder: Path, *, store: str, keys: Path) -> Json:
         create_or_refuse(opened, f"metadata/{coming.version}.targets.json", targets)
         _upload_roots(opened, folder, signing)
         commit(opened, draft, signing, targets if fresh else None)
+
+    insist(store, change)
     return status(folder)
 
 

@@ -162,21 +162,41 @@ def transact(store: str, keys: Path, edit: Callable[[Draft], T]) -> T:
         ReleaseError: The store or the keys cannot be used or trusted.
     """
     opened, signing = open_for_signing(store, keys)
+
+    def change() -> tuple[T, Root]:
+        root = newest_root(opened, trusted_root(signing.root))
+        state = read_state(opened, root, signing.first_targets)
+        _check_clock(state.timestamp)
+        draft = Draft(opened, state)
+        result = edit(draft)
+        commit(opened, draft, signing)
+        return result, root
+
+    result, root = insist(store, change)
+    _warn_of_root(root)
+    return result
+
+
+def insist(store: str, change: Callable[[], T]) -> T:
+    """Do what may meet another publisher, again from the start whenever that one was first.
+
+    Args:
+        store: Its address.
+        change: Reads the store, and changes it in one commit.
+
+    Returns:
+        What ``change`` returned when it took hold.
+
+    Raises:
+        ReleaseError: Others were first each time, or the store cannot be trusted.
+    """
     for attempt in range(_TRIES):
         try:
             with turn(store), reported(store):
-                root = newest_root(opened, trusted_root(signing.root))
-                state = read_state(opened, root, signing.first_targets)
-                _check_clock(state.timestamp)
-                draft = Draft(opened, state)
-                result = edit(draft)
-                commit(opened, draft, signing)
+                return change()
         except ConflictError:
             # Publishers that met once would meet again if they all waited for the same time.
             time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
-        else:
-            _warn_of_root(root)
-            return result
     raise ReleaseError(f"{store} is busy: {_TRIES} times another publisher was first; try again")
 
 
