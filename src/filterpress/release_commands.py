@@ -188,18 +188,25 @@ def recall(
     hardware: Hardware = "any",
     channel: ChannelName = "stable",
     percent: Percent = 100,
+    max_ms: Annotated[
+        int | None, typer.Option(help="As for publish; without it that of the channel.")
+    ] = None,
+    max_mb: Annotated[
+        int | None, typer.Option(help="As for publish; without it that of the channel.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Send vehicles back to an earlier release: its bytes, under a new and higher counter.
 
-    It takes the keys of both `release` and `rollout`. A halt ends.
+    It takes the keys of both `release` and `rollout`. A halt ends. If a bound of the
+    channel was the mistake, name a better one here, or the old release has to keep it too.
     """
     with terminal.polite(debug):
         from filterpress.release import rollout
 
         given = _place(store, keys, hardware, channel)
-        changed = rollout.recall(to, percent=percent, **given)
+        changed = rollout.recall(to, percent=percent, max_ms=max_ms, max_mb=max_mb, **given)
     _show_channel(changed, json)
 
 

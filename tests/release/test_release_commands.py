@@ -99,6 +99,18 @@ def test_a_channel_is_ramped_halted_resumed_and_recalled(store, root):
     assert not report_of("recall", "--to", 1, "--store", store)["changed"]
 
 
+def test_a_recall_can_mend_a_bound_that_was_a_mistake(folder, store, root):
+    (folder / "three.fpk").write_bytes(network(weight(0, 0.1)))
+    given = ("--store", store, "--name", "demo", "--max-ms", 1, "--max-mb", 900)
+    report_of("publish", folder / "three.fpk", *given)
+    report_of("recall", "--to", 2, "--store", store, "--max-ms", 0)
+    health = channel(store, root)["health"]
+    assert (health["max_ms"], health["max_mb"]) == (0, 900)
+    assert "max_mb must be finite" in refusal(
+        *("recall", "--to", 1, "--store", store, "--max-mb", -1)
+    )
+
+
 def test_a_refresh_renews_the_timestamp(store):
     before = json.loads((store / "metadata" / "timestamp.json").read_bytes())["signed"]["version"]
     report_of("refresh", "--store", store)

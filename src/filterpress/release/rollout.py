@@ -11,7 +11,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,8 @@ def recall(
     channel: str = STABLE,
     percent: float = ALL,
     n_deltas: int = 3,
+    max_ms: int | None = None,
+    max_mb: int | None = None,
 ) -> Channel:
     """Send vehicles back to the bytes of an earlier release, under a higher counter.
 
@@ -244,16 +246,20 @@ def recall(
         channel: Name of the channel.
         percent: Share of the vehicles that go back at once.
         n_deltas: As for `filterpress.release.publish`.
+        max_ms: As for `Check`; None for that of the channel, which may be what was wrong.
+        max_mb: As for `max_ms`.
 
     Returns:
         The channel; it is left as it is if it names these bytes already.
 
     Raises:
-        ValueError: The share is outside its bounds.
+        ValueError: The share or a bound is outside its bounds.
         ReleaseError: There is no such channel or release, or the store or the keys cannot be used
             or trusted.
     """
     path, percent_bp = path_of(hardware, channel), basis_points(percent)
+    given = {"max_ms": max_ms, "max_mb": max_mb}
+    bounds = {name: bound for name, bound in given.items() if bound is not None}
     change = cache(small_delta)  # a publisher that has to try again has them already
 
     def edit(draft: Draft) -> Channel:
@@ -270,7 +276,7 @@ def recall(
         new = draft.add(RELEASE, target, file, {**(old.custom or {}), COUNTER: counter})
         add_deltas(draft, new, file, n_deltas, change)
         rollout = {**before["rollout"], "percent_bp": percent_bp, "not_before": "", "halted": False}
-        health = _health(_check_of(before))
+        health = _health(replace(_check_of(before), **bounds))
         names = before | {"run": f"recall to release {to}"}
         return _write(draft, path, _content(draft, new, names, rollout, health))
 
