@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from filterpress.errors import ReleaseError
-from filterpress.release import cluster, kube, latest, publish, rollout
+from filterpress.release import cluster, kube, latest, publish, publish_network, rollout
 from tests.release.api_server import NAMESPACE, TOKEN, ApiServer
 from tests.release.encoded import network, weight
 from tests.release.test_rollout import release, target_of
@@ -76,6 +76,28 @@ def test_the_cluster_shows_what_a_channel_says(pod, api, place):
     (event,) = api.of("events")
     assert event["note"] == f"release 1 on any/stable, 12.5 % of the vehicles: {target_of(ONE)}"
     assert event["regarding"]["uid"] == shown["metadata"]["uid"]
+
+
+def test_a_network_that_is_released_and_named_in_one_step_is_shown_too(pod, api, place):
+    publish_network(ONE, name="demo", custom={}, **place, then=rollout.naming(percent=7))
+
+    (shown,) = api.of("configmaps")
+    assert (shown["data"]["percent"], len(api.of("events"))) == ("7", 1)
+
+
+def test_nothing_is_shown_that_the_store_does_not_say(pod, api, place, monkeypatch):
+    publish_on(place, ONE)
+    api.objects.clear()
+    monkeypatch.setattr("filterpress.release.transaction.commit", refuse)
+
+    with pytest.raises(ReleaseError, match="no space"):
+        rollout.ramp(50, **place)
+
+    assert api.of("configmaps") == api.of("events") == []
+
+
+def refuse(*_):
+    raise ReleaseError("no space")
 
 
 def test_each_change_of_a_channel_is_an_event(pod, api, place):

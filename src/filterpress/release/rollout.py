@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,15 @@ def naming(
         before = _read(draft, path)
         if before and before[COUNTER] > counter_of(info):
             warn("%s names release %s already: left so", path, before[COUNTER])
-            return Channel(path=path, content=before, changed=False)
+            return _told(draft, "Publish", path, before, changed=False)
         halted = bool(before and before["rollout"]["halted"])
         if halted:
             warn("%s stays halted: resume lets release %s go", path, counter_of(info))
         if before and before[COUNTER] == counter_of(info):
-            return Channel(path=path, content=before, changed=False)
+            return _told(draft, "Publish", path, before, changed=False)
         names = {"hardware": hardware, "channel": channel, "run": run}
         share = rollout | {"halted": halted}
-        return _write(draft, path, _content(draft, info, names, share, health))
+        return _write(draft, "Publish", path, _content(draft, info, names, share, health))
 
     return name
 
@@ -270,7 +270,7 @@ def recall(
             raise ReleaseError(f"{store} has no release with the counter {to}")
         _check_made_for(old, hardware)
         if before["sha256"] == old.hashes["sha256"]:
-            return Channel(path=path, content=before, changed=False)
+            return _told(draft, "Recall", path, before, changed=False)
         counter, file = next_counter(draft), draft.read(old)
         target = f"{model_folder(old)}-{counter}/{Path(old.path).name}"
         new = draft.add(RELEASE, target, file, {**(old.custom or {}), COUNTER: counter})
@@ -278,9 +278,9 @@ def recall(
         rollout = {**before["rollout"], "percent_bp": percent_bp, "not_before": "", "halted": False}
         health = _health(replace(_check_of(before), **bounds))
         names = before | {"run": f"recall to release {to}"}
-        return _write(draft, path, _content(draft, new, names, rollout, health))
+        return _write(draft, "Recall", path, _content(draft, new, names, rollout, health))
 
-    return _transact("Recall", store, keys, edit)
+    return transact(store, keys, edit)
 
 
 def read(store: str, *, root: bytes, hardware: str = ANY, channel: str = STABLE) -> Channel:
@@ -311,17 +311,10 @@ def _change(action: str, change: Json, path: str, store: str, keys: Path) -> Cha
         before = _read_known(draft, path, store)
         rollout = before["rollout"] | change
         if rollout == before["rollout"]:
-            return Channel(path=path, content=before, changed=False)
-        return _write(draft, path, before | {"rollout": rollout})
+            return _told(draft, action, path, before, changed=False)
+        return _write(draft, action, path, before | {"rollout": rollout})
 
-    return _transact(action, store, keys, edit)
-
-
-def _transact(action: str, store: str, keys: Path, edit: Callable[[Draft], Channel]) -> Channel:
-    """Change a channel in the store, then show it in the cluster, if there is one."""
-    channel = transact(store, keys, edit)
-    mirror(action, channel, store)
-    return channel
+    return transact(store, keys, edit)
 
 
 def _content(
@@ -386,7 +379,7 @@ def _read_known(draft: Draft, path: str, store: str) -> Json:
     return content
 
 
-def _write(draft: Draft, path: str, content: Json) -> Channel:
+def _write(draft: Draft, action: str, path: str, content: Json) -> Channel:
     data = json.dumps(content, indent=1).encode() + b"\n"
     if len(data) > MAX_CHANNEL:
         raise ReleaseError(
@@ -394,4 +387,11 @@ def _write(draft: Draft, path: str, content: Json) -> Channel:
             "fewer images"
         )
     draft.add(ROLLOUT, path, data, {})
-    return Channel(path=path, content=content, changed=True)
+    return _told(draft, action, path, content, changed=True)
+
+
+def _told(draft: Draft, action: str, path: str, content: Json, *, changed: bool) -> Channel:
+    """Return a channel that the cluster is told of once the store says so."""
+    channel = Channel(path=path, content=content, changed=changed)
+    draft.afterwards.append(partial(mirror, action, channel))
+    return channel

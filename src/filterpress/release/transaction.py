@@ -54,10 +54,12 @@ class Draft:
 
     Attributes:
         state: What the store will say.
+        afterwards: What to do when it says so, given its address.
     """
 
     def __init__(self, store: Store, state: State) -> None:
         self.state = state
+        self.afterwards: list[Callable[[str], None]] = []
         self._store = store
         self._files: dict[str, bytes] = {}
         self._changed: set[str] = set()
@@ -163,17 +165,19 @@ def transact(store: str, keys: Path, edit: Callable[[Draft], T]) -> T:
     """
     opened, signing = open_for_signing(store, keys)
 
-    def change() -> tuple[T, Root]:
+    def change() -> tuple[T, Draft]:
         root = newest_root(opened, trusted_root(signing.root))
         state = read_state(opened, root, signing.first_targets)
         _check_clock(state.timestamp)
         draft = Draft(opened, state)
         result = edit(draft)
         commit(opened, draft, signing)
-        return result, root
+        return result, draft
 
-    result, root = insist(store, change)
-    _warn_of_root(root)
+    result, draft = insist(store, change)
+    _warn_of_root(draft.state.root)
+    for tell in draft.afterwards:
+        tell(store)
     return result
 
 

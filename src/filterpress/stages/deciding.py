@@ -180,9 +180,7 @@ def publish(
     path, name_it = "", None
     if channel:
         path = path_of(hardware, channel_name)
-        name_it = rollout.naming(
-            hardware=hardware, channel=channel_name, percent=percent, run=run
-        )
+        name_it = rollout.naming(hardware=hardware, channel=channel_name, percent=percent, run=run)
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy)
     encoded = encoded_file(model)
