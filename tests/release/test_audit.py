@@ -84,6 +84,7 @@ def test_a_file_that_is_lost_or_altered_is_a_problem_of_its_own(copied, root):
         ({"release_counter": 7}, "says release 7, its target 2"),
         ({"sha256": "0" * 64}, "names other bytes than its target"),
         ({"deltas": [{"from_sha256": "0", "target": "models/a/b/c"}]}, "names models/a/b/c, which"),
+        ({"schema": 2}, "must have the schema 1"),
     ],
 )
 def test_a_channel_that_no_vehicle_would_follow_is_a_problem(copied, keys, root, change, problem):
@@ -96,6 +97,18 @@ def test_a_channel_that_no_vehicle_would_follow_is_a_problem(copied, keys, root,
     transact(str(copied), keys, edit)
     (found,) = audit.verify(str(copied), root=root)["problems"]
     assert problem in found
+
+
+def test_a_channel_whose_release_is_for_other_vehicles_is_a_problem(copied, keys, root):
+    def edit(draft):
+        (listed,) = (i for p, i in draft.listed("release").items() if p == target_of(TWO))
+        listed.unrecognized_fields["custom"]["hardware_ids"] = ["cam-v1", "cam-v2"]
+        draft.sign_again("release")
+
+    transact(str(copied), keys, edit)
+    assert audit.verify(str(copied), root=root)["problems"] == [
+        "channels/any/stable.json names a release for cam-v1, cam-v2"
+    ]
 
 
 def test_metadata_that_ends_within_hours_is_a_problem(copied, keys, root):

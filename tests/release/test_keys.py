@@ -19,7 +19,7 @@ from securesystemslib.signer import CryptoSigner, Signer
 from tuf.api.metadata import Metadata
 
 from filterpress.errors import ReleaseError
-from filterpress.release import create_keys
+from filterpress.release import create_keys, publish
 from filterpress.release.keys import load_keys
 
 
@@ -119,6 +119,21 @@ def test_a_key_of_an_unknown_kind_is_refused_with_the_kinds_there_are(copied):
     edit_places(copied, "release", "ftp:key")
     with pytest.raises(ReleaseError, match=r"no kind of key is called 'ftp:key': .*gcpkms:, "):
         opened(copied, "release")
+
+
+def test_a_key_that_cannot_be_reached_is_a_line_and_nothing_is_published(
+    keys, tmp_path, monkeypatch
+):
+    def unreachable(*_):
+        raise ConnectionError("no route to the key service")
+
+    monkeypatch.setattr(CryptoSigner, "sign", unreachable)
+    given = {"custom": {}, "store": str(tmp_path / "store"), "keys": keys}
+    with pytest.raises(
+        ReleaseError, match=r"^the key of \w+ did not sign: no route to the key service$"
+    ):
+        publish(b"file", target="models/demo/1/file", **given)
+    assert not (tmp_path / "store" / "metadata" / "timestamp.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"release": [{"uri": "file2:a"}]}', '{"release": 3}'])

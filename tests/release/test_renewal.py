@@ -92,7 +92,7 @@ def test_a_refresh_renews_all_that_nears_its_end(directory, keys, root, monkeypa
 
 
 def test_a_refresh_needs_the_keys_of_timestamp_and_snapshot_only(
-    directory, keys, root, monkeypatch, short_lives, tmp_path
+    directory, keys, root, monkeypatch, short_lives, tmp_path, caplog
 ):
     publish(b"file", target=TARGET, custom={}, store=directory, keys=keys)
     monkeypatch.undo()
@@ -104,6 +104,11 @@ def test_a_refresh_needs_the_keys_of_timestamp_and_snapshot_only(
         if path.stem not in kept:
             path.unlink()
     refresh(store=directory, keys=few)
+    said = [r.getMessage() for r in caplog.records if "is due" in r.getMessage()]
+    assert said == [
+        f"{role} is due, and {few} has no key to sign it: others must"
+        for role in ("release", "rollout")
+    ]
     assert days_left(signed(directory, "2.snapshot")) == pytest.approx(7, abs=0.01)
     assert signed(directory, "2.snapshot").meta["release.json"].version == 1
     with pytest.raises(ReleaseError, match=r"signers\.json must name a key that may sign release"):

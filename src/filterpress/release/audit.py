@@ -40,17 +40,20 @@ def verify(store: str, *, root: bytes) -> Json:
     with reported(store), open_reader(open_store(store), root) as reader:
         releases, channels = reader.list(RELEASE), reader.list(ROLLOUT)
         rows = [_release_row(info) for info in sorted(releases.values(), key=counter_of)]
-        problems = [
-            problem for info in releases.values() if (problem := _problem(reader, info)) is not None
-        ]
+        problems = [line for info in releases.values() for line in _problems(reader, info)]
         found = []
         for path, info in sorted(channels.items()):
-            problem = _problem(reader, info)
-            if problem is None:
+            damage = _problems(reader, info)
+            problems += damage
+            if damage:
+                continue
+            try:
                 content = parse(path, reader.read(info))
-                found.append(_channel_row(path, content))
-                problem = _channel_problem(path, content, releases)
-            problems += [problem] if problem else []
+            except ReleaseError as error:
+                problems.append(str(error))
+                continue
+            found.append(_channel_row(path, content))
+            problems += _channel_problems(path, content, releases)
         signed = reader.signed()
         roles = [
             {
@@ -172,25 +175,33 @@ def _channel_row(path: str, content: Json) -> Json:
     }
 
 
-def _problem(reader: Reader, info: TargetFile) -> str | None:
+def _problems(reader: Reader, info: TargetFile) -> list[str]:
     try:
         reader.read(info)
     except ReleaseError:
-        return f"{info.path} is lost"
+        return [f"{info.path} is lost"]
     except RepositoryError:
-        return f"{info.path} is altered"
-    return None
+        return [f"{info.path} is altered"]
+    return []
 
 
-def _channel_problem(path: str, content: Json, releases: dict[str, TargetFile]) -> str | None:
+def _channel_problems(path: str, content: Json, releases: dict[str, TargetFile]) -> list[str]:
+    """Say why vehicles would not follow a channel."""
     named = releases.get(content["target"])
     if named is None:
-        return f"{path} names {content['target']}, which nobody released"
-    if counter_of(named) != content[COUNTER]:
-        return f"{path} says release {content[COUNTER]}, its target {counter_of(named)}"
-    if named.hashes["sha256"] != content["sha256"]:
-        return f"{path} names other bytes than its target"
-    for delta in content["deltas"]:
-        if delta["target"] not in releases:
-            return f"{path} names {delta['target']}, which nobody released"
-    return None
+        return [f"{path} names {content['target']}, which nobody released"]
+    made_for = (named.custom or {}).get(HARDWARE, [])
+    found = {
+        f"{path} says release {content[COUNTER]}, its target {counter_of(named)}": (
+            counter_of(named) != content[COUNTER]
+        ),
+        f"{path} names other bytes than its target": named.hashes["sha256"] != content["sha256"],
+        f"{path} names a release for {', '.join(made_for)}": (
+            not {ANY, content["hardware"]} & {*made_for}
+        ),
+    }
+    lost = [delta["target"] for delta in content["deltas"] if delta["target"] not in releases]
+    return [
+        *(line for line, is_so in found.items() if is_so),
+        *(f"{path} names {target}, which nobody released" for target in lost),
+    ]

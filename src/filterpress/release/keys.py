@@ -87,8 +87,7 @@ class Keys:
         """Say whether as many keys are at hand as it takes to sign a role."""
         try:
             return len(self.signers(role, by)) >= by.get_delegated_role(role).threshold
-        except ReleaseError as error:
-            _log.warning("%s is due, and others must sign it: %s", role, error)
+        except ReleaseError:
             return False
 
     def signers(self, role: str, by: Root | Targets) -> list[Signer]:

@@ -149,6 +149,7 @@ def naming(
         if halted:
             warn("%s stays halted: resume lets release %s go", path, counter_of(info))
         if before and before[COUNTER] == counter_of(info):
+            _log.info("%s names release %s already: left so", path, counter_of(info))
             return _told(draft, "Publish", path, before, changed=False)
         names = {"hardware": hardware, "channel": channel, "run": run}
         share = rollout | {"halted": halted}

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization.json import JSONSerializer
 
@@ -124,13 +125,15 @@ class Draft:
 
     def due(self, keys: Keys) -> set[str]:
         """Say which roles must be signed anew, less those of whom no key is at hand."""
-        parts = {**self.state.delegated, Targets.type: self.state.targets}
-        due = {
+        return self._changed | self._ending() - self.left_to_others(keys)
+
+    def left_to_others(self, keys: Keys) -> set[str]:
+        """Say which roles somebody else must sign anew: their time ends, and their keys are his."""
+        return {
             role
-            for role, part in parts.items()
-            if self._is_due(role, part) and keys.can_sign(role, signed_by(role, self.state))
+            for role in self._ending() - self._changed
+            if not keys.can_sign(role, signed_by(role, self.state))
         }
-        return due | self._changed
 
     def is_stale(self) -> bool:
         """Say whether there is anything to sign though no list of files changed."""
@@ -142,6 +145,10 @@ class Draft:
     def needs_snapshot(self) -> bool:
         """Say whether the snapshot must be signed anew though no list of files changed."""
         return self._is_due(Snapshot.type, self.state.snapshot)
+
+    def _ending(self) -> set[str]:
+        parts = {**self.state.delegated, Targets.type: self.state.targets}
+        return {role for role, part in parts.items() if self._is_due(role, part)}
 
     def _is_due(self, role: str, part: Part) -> bool:
         left = LIFE[role] * _SHARE_LEFT if self._renewing else timedelta(0)
@@ -236,6 +243,8 @@ def commit(store: Store, draft: Draft, keys: Keys, new_targets: bytes | None = N
     if not (due or new_targets or draft.is_stale()):
         return
     check_keys(draft, keys)
+    for role in sorted(draft.left_to_others(keys)):
+        _log.warning("%s is due, and %s has no key to sign it: others must", role, keys.folder)
     if state.generation == 0 and new_targets is None:
         create_or_refuse(store, f"metadata/{state.root.version}.root.json", keys.root)
         new_targets = keys.first_targets
@@ -303,7 +312,11 @@ def _signed(role: str, part: Part, state: State, keys: Keys) -> bytes:
     metadata = Metadata(part)
     by = signed_by(role, state)
     for signer in keys.signers(role, by):
-        metadata.sign(signer, append=True)
+        try:
+            metadata.sign(signer, append=True)
+        except UnsignedMetadataError as error:
+            reason = str(error.__cause__ or error).partition("\n")[0][:200]
+            raise ReleaseError(f"the key of {role} did not sign: {reason}") from error
     # Never upload what a reader will refuse.
     by.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     return metadata.to_bytes(JSONSerializer(compact=True))

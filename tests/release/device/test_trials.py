@@ -9,7 +9,7 @@ import pytest
 
 from filterpress.codec.graph import to_onnx
 from filterpress.errors import ReleaseError
-from filterpress.release.device import identity, trial
+from filterpress.release.device import identity, state, trial
 from filterpress.release.device.identity import Identity
 from filterpress.release.device.vehicle import Outcome, Vehicle
 from tests.release.device.conftest import LIMITS
@@ -158,6 +158,18 @@ def test_a_file_that_cannot_be_decoded_is_bad(home, store):
         vehicle.update()
     assert vehicle.update() is Outcome.KNOWN_BAD
     assert vehicle.boot().manifest.sha256 == digest(V1)
+
+
+def test_other_software_tries_what_was_bad_again(home, store, monkeypatch):
+    store.publish(V2)
+    old = Vehicle(home, limits=LIMITS, examine=lambda *_: trial.Verdict("opset 99", final=True))
+    old.update()
+    old.boot()
+    assert old.update() is Outcome.KNOWN_BAD
+    monkeypatch.setattr(state, "versions", lambda: "filterpress 99")
+    new = Vehicle(home, limits=LIMITS)
+    assert new.update() is Outcome.STAGED
+    assert new.boot().manifest.sha256 == digest(V2)
 
 
 def test_a_release_for_which_there_was_no_memory_is_tried_again(home, store, server, monkeypatch):

@@ -268,8 +268,18 @@ def test_an_address_that_is_no_store_is_refused(vehicle, address):
         vehicle.update(address)
 
 
-def test_a_bundle_that_is_no_tar_file_is_refused(vehicle, tmp_path):
-    (tmp_path / "bundle.tar").write_bytes(b"not a tar file")
+def with_pax_header(header):
+    """Make a tar file with a file that such an extended header describes."""
+    entry = tarfile.TarInfo("././@PaxHeader")
+    entry.type, entry.size = tarfile.XHDTYPE, len(header)
+    return entry.tobuf() + header.ljust(512, b"\0") + tarfile.TarInfo("x").tobuf() + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a tar file", with_pax_header(b"13 GNU.sparse.map=a\n"), b""]
+)
+def test_a_bundle_that_is_no_tar_file_is_refused(vehicle, tmp_path, content):
+    (tmp_path / "bundle.tar").write_bytes(content)
     with pytest.raises(ReleaseError, match="must be an uncompressed tar file"):
         vehicle.update(str(tmp_path / "bundle.tar"))
 

@@ -224,7 +224,7 @@ class BundleSource:
         try:
             self._tar = tarfile.open(path, "r:")  # noqa: SIM115 (open as long as this is)
             self._members = {m.name.removeprefix("./"): m for m in self._tar if m.isfile()}
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, ValueError, OSError) as error:
             raise ReleaseError(f"{path} must be an uncompressed tar file: {error}") from error
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from filterpress import files
@@ -34,7 +35,8 @@ class State:
         good: Slot that runs; None before the first release passed its trial.
         release_counter: Of the newest release that passed its trial; lower ones are refused.
         trial: What is to be tried at the next boot.
-        bad: Digests of releases that failed their trial, the newest last.
+        bad: Digests of releases that cannot be decoded or failed their trial, the newest last.
+        software: With which versions of the software they did.
         error: Why the last update or trial failed; empty if it did not.
         attack: Whether that was something that does not happen without malice or damage.
     """
@@ -43,12 +45,18 @@ class State:
     release_counter: int = 0
     trial: Trial | None = None
     bad: tuple[str, ...] = ()
+    software: str = ""
     error: str = ""
     attack: bool = False
 
     def with_bad(self, sha256: str) -> tuple[str, ...]:
         """Return the bad releases with one more; the oldest are forgotten in the end."""
         return (*(known for known in self.bad if known != sha256), sha256)[-_MAX_BAD:]
+
+
+def versions() -> str:
+    """Name the software that decodes and runs a release."""
+    return " ".join(f"{name} {version(name)}" for name in ("filterpress", "onnxruntime"))
 
 
 def read(path: Path) -> State | None:
@@ -58,7 +66,8 @@ def read(path: Path) -> State | None:
         path: The file.
 
     Returns:
-        The state, or None if it is lost or damaged.
+        The state, or None if it is lost or damaged. What was bad with other software is not known
+        to be so with this.
     """
     try:
         found = json.loads(path.read_bytes())
@@ -68,7 +77,8 @@ def read(path: Path) -> State | None:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return state
+    now = versions()
+    return state if state.software == now else replace(state, software=now, bad=())
 
 
 def write(path: Path, state: State) -> None:

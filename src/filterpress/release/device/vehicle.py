@@ -258,7 +258,8 @@ class Vehicle:
         if not verdict.reason:
             slot.prove(manifest)
             counter = max(known.release_counter, manifest.release_counter)
-            self._save(State(good=pending.slot, release_counter=counter, bad=known.bad))
+            good = replace(known, good=pending.slot, release_counter=counter, trial=None)
+            self._save(replace(good, error="", attack=False))
             return
         reason = f"release {manifest.release_counter} failed its trial: {verdict.reason}"
         _log.warning("%s", reason)
@@ -292,7 +293,8 @@ class Vehicle:
         }
         newest = sorted(proven, key=lambda name: proven[name].release_counter)[-1:]
         counter = max((manifest.release_counter for manifest in proven.values()), default=0)
-        return State(good=newest[0] if newest else None, release_counter=counter)
+        good = newest[0] if newest else None
+        return State(good=good, release_counter=counter, software=state.versions())
 
     def _save(self, new: State) -> None:
         state.write(self.home / "state.json", new)
