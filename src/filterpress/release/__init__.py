@@ -1,9 +1,37 @@
-"""Signed publication to a directory or a bucket, and verified reading from it."""
+"""Signed publication to a directory or a bucket, and verified reading from it.
 
-from filterpress.release.keys import create_keys as create_keys
-from filterpress.release.repository import Release as Release
-from filterpress.release.repository import fetch as fetch
-from filterpress.release.repository import latest as latest
-from filterpress.release.repository import publish as publish
-from filterpress.release.repository import publish_network as publish_network
-from filterpress.release.repository import refresh as refresh
+Names are looked up when they are used: a vehicle imports nothing of its publisher.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filterpress.release.keys import create_keys
+    from filterpress.release.repository import (
+        Release,
+        fetch,
+        latest,
+        publish,
+        publish_network,
+        refresh,
+    )
+
+__all__ = [
+    "Release",
+    "create_keys",
+    "fetch",
+    "latest",
+    "publish",
+    "publish_network",
+    "refresh",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module filterpress.release has no attribute {name}")
+    from filterpress.release import keys, repository
+
+    return getattr(keys if name == "create_keys" else repository, name)

@@ -406,3 +406,13 @@ def test_a_vehicle_needs_neither_torch_nor_the_publisher():
     refuse = "for name in ('torch', 'kfp', 'google.cloud', 'kubernetes'): sys.modules[name] = None"
     load = "import filterpress.release.device.__main__, filterpress.release.device.trial"
     subprocess.run([sys.executable, "-c", f"import sys\n{refuse}\n{load}"], check=True)
+
+
+def test_a_command_of_a_vehicle_starts_without_publisher_compiler_and_runtime():
+    code = (
+        "import sys, filterpress.release.device.__main__\n"
+        "names = ['numba', 'onnx', 'onnxruntime', 'filterpress.release.repository']\n"
+        "print([name for name in names if name in sys.modules])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
