@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -381,6 +382,13 @@ def test_a_full_disk_is_noticed_before_the_download(vehicle, store, server, monk
     with pytest.raises(ReleaseError, match="not enough space"):
         vehicle.update()
     assert not bytes_sent(server, store.payload(V2))
+
+
+def test_an_update_writes_below_the_folder_of_the_vehicle_only(vehicle, store, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    store.publish(V2)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.boot().manifest.sha256 == digest(V2)
 
 
 def test_updates_of_many_processes_leave_one_state(vehicle, store):
