@@ -136,7 +136,8 @@ def test_a_vehicle_is_set_up_updated_and_run_from_the_command_line(tmp_path, sto
     assert "exists already" in again.stderr
 
 
-def test_a_service_is_run_from_the_command_line(home, store):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_service_is_run_from_the_command_line(home, store, sent, code):
     # whoever starts the tests in the background has them ignore what is sent below
     python = ["env", "--default-signal=INT", sys.executable]
     command = [*python, "-m", "filterpress.release.device", "run", str(home)]
@@ -154,8 +155,8 @@ def test_a_service_is_run_from_the_command_line(home, store):
         connection.request("GET", "/")
         assert json.loads(connection.getresponse().read())["signed"]["release_counter"] == 2
         connection.close()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        process.send_signal(sent)
+        assert process.wait(20) == code
 
 
 @pytest.mark.parametrize(

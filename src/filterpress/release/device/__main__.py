@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 anything that went wrong; the reason is one line on standa
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -121,6 +123,8 @@ def run(
 
     POST a picture to /infer, as little-endian float32 in the order of memory; GET / is the status.
     """
+    # Process 1 of a container ignores this signal otherwise; to be stopped is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with terminal.polite(debug):
         service.run(Vehicle(home), port=port, every_s=every)
 
