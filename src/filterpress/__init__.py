@@ -5,6 +5,7 @@ Importing this imports nothing heavy: names are looked up when they are used.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ __all__ = [
     "search",
     "train",
 ]
+
+
+# From 1.29 on onnxruntime reports to its maker what it runs, unless this is set when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:

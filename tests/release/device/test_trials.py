@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -204,3 +207,11 @@ def test_what_was_never_tried_does_not_take_the_place_of_a_slot_that_rots(home, 
     vehicle.update()
     (home / "slots" / "a" / "model.onnx").write_bytes(b"")
     assert vehicle.boot() is None
+
+
+def test_the_runtime_reports_to_nobody(tmp_path):
+    # a bare environment: the runtime is silent by itself where it finds that it is being tested
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import filterpress, onnxruntime"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []
