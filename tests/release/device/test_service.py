@@ -176,6 +176,17 @@ def test_a_vehicle_trusts_nothing_that_is_no_root(tmp_path, store, root, reason)
     assert not (tmp_path / "vehicle").exists()
 
 
+def test_a_vehicle_that_was_just_set_up_shows_its_key(tmp_path, store):
+    (tmp_path / "root.json").write_bytes(store.root)
+    where = ("--store", store.path, "--root", tmp_path / "root.json")
+    assert command_line("init", tmp_path / "vehicle", *where, "--device-id", "one").exit_code == 0
+    shown = command_line("status", tmp_path / "vehicle", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    report = json.loads(shown.stdout)
+    assert (report["signed"]["device_id"], report["signed"]["sha256"]) == ("one", "")
+    assert len(bytes.fromhex(report["public_key"])) == 32
+
+
 def test_a_root_for_development_is_trusted_on_demand_only(tmp_path, store):
     root = store.signed["root"]
     root.unrecognized_fields["x-filterpress-development"] = True

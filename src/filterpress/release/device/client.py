@@ -105,7 +105,7 @@ def last_issue(folder: Path) -> int:
         Seconds since 1970; 0 if there is none.
     """
     try:
-        root = Metadata[Root].from_file(str(folder / "root.json")).signed
+        root = Metadata[Root].from_bytes((folder / "root.json").read_bytes()).signed
         return issue_time(verified_timestamp((folder / "timestamp.json").read_bytes(), root))
     except (OSError, RepositoryError):
         return 0
