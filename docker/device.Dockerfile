@@ -1,10 +1,16 @@
 # The image of a vehicle: no torch, no pipeline, no publisher.
 #
 #     docker build -f docker/device.Dockerfile -t filterpress-device:0.1.0 .
-#     docker run -v vehicle:/var/lib/vehicle --network host filterpress-device:0.1.0 \
-#         run /var/lib/vehicle/home
+#     vehicle() {
+#         docker run --rm --read-only --cap-drop all --security-opt no-new-privileges \
+#             -v vehicle:/var/lib/vehicle -v "$PWD/root.json:/root.json:ro" --network host \
+#             filterpress-device:0.1.0 "$@"
+#     }
+#     vehicle init /var/lib/vehicle/home --store URL --root /root.json
+#     vehicle run /var/lib/vehicle/home
 #
-# The folder of the vehicle lies below the volume, because `init` makes it all at once.
+# Nothing but the volume is written. The folder of the vehicle lies below it, because `init` makes it
+# all at once.
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS wheel
