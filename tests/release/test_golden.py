@@ -64,6 +64,13 @@ def test_outputs_are_those_of_the_network_for_the_images():
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_outputs_are_written_in_as_few_digits_as_float32_takes():
+    found = np.array(golden.outputs(_linear(["n", 1, 2, 2]), seed=1, count=8))
+    assert max(len(repr(value)) for value in found.ravel().tolist()) <= len("-0.123456789")
+    longer = found.astype(np.float32).astype(np.float64)  # the same numbers, written out
+    assert max(len(repr(value)) for value in longer.ravel().tolist()) > 15
+
+
 def test_a_network_of_images_of_any_size_has_no_golden_outputs():
     with pytest.raises(ValueError, match="model must have one input with fixed sizes"):
         golden.outputs(_linear(["n", 1, "height", 2]), seed=0, count=1)

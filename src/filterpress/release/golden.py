@@ -52,7 +52,8 @@ def outputs(model: bytes, seed: int, count: int) -> list[list[float]]:
         count: Number of images.
 
     Returns:
-        The values of the first output for each image.
+        The values of the first output for each image, of float32: each is the shortest number that
+        rounds to it, so that its text is short.
 
     Raises:
         ValueError: The model has not one input with fixed sizes after the first.
@@ -69,4 +70,7 @@ def outputs(model: bytes, seed: int, count: int) -> list[list[float]]:
     (entry,) = inputs
     made = images(seed, count, tuple(entry.shape[1:]))
     answers = [session.run(None, {entry.name: image[None]})[0] for image in made]
-    return [np.asarray(answer, np.float32).ravel().tolist() for answer in answers]
+    return [
+        np.asarray(answer, np.float32).ravel().astype(str).astype(float).tolist()
+        for answer in answers
+    ]

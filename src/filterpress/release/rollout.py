@@ -381,7 +381,7 @@ def _read_known(draft: Draft, path: str, store: str) -> Json:
 
 
 def _write(draft: Draft, action: str, path: str, content: Json) -> Channel:
-    data = json.dumps(content, indent=1).encode() + b"\n"
+    data = json.dumps(content, separators=(",", ":")).encode()
     if len(data) > MAX_CHANNEL:
         raise ReleaseError(
             f"{path} would have {len(data)} bytes, and a vehicle reads {MAX_CHANNEL}: let it check "
