@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from filterpress.allocation import Option, Rates
+from filterpress.allocation import Option, Rates, block
 from filterpress.errors import ModelError
 from filterpress.fitting import ATTEMPTS, fingerprint, fit_budget, meet
 from filterpress.grids import Levels
@@ -152,3 +152,45 @@ def test_running_out_of_widths_is_said():
     every = frozenset(fingerprint(Rates({"0": [option]}).allocate(1.0)) for option in layers["0"])
     with pytest.raises(ModelError, match="has failed before"):
         fit(layers, size, 500, avoid=every)
+
+
+def rounded(n_weights, damage, seed):
+    """An option whose weights are rounded to steps, on top of what it does to the outputs."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n_weights // 10, 10, generator=draw)
+    steps, noise = torch.ones(len(weight)), torch.ones_like(weight)
+    return Option(0, None, (block(weight, steps, noise, 0.0, draw),), damage)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.98])
+def test_a_budget_between_two_options_of_a_layer_is_spent_on_finer_steps(share):
+    layers = {
+        "large": [rounded(50_000, 0.0, 1), rounded(25_000, 200.0, 2)],
+        "small": [rounded(10_000, 0.0, 3)],
+    }
+    rates = Rates(layers)
+
+    def take(theta):
+        return rates.allocate(theta)
+
+    def smaller(allocation):
+        return allocation.chosen["large"] is layers["large"][1]
+
+    low, high = 1e-9, 1e9
+    while high > low * (1 + 1e-6):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if smaller(take(middle)) else (middle, high)
+    below, above = take(high).total_bytes, take(low).total_bytes
+    assert above > 1.2 * below  # nothing that one theta gives lies between
+    max_bytes = round(0.9 * (below + share * (above - below)) + 300)
+
+    def build(allocation):
+        network = nn.Module()
+        network.n_bytes = round(0.9 * allocation.total_bytes + 300)
+        return network
+
+    found = fit_budget(
+        rates, build, lambda network: network.n_bytes, max_bytes=max_bytes, avoid=frozenset()
+    )
+    assert 0.985 * max_bytes <= found.n_bytes <= max_bytes
+    assert found.expected == pytest.approx(found.n_bytes, rel=0.02)

@@ -270,17 +270,21 @@ class Rates:
         bits, damage = (torch.from_numpy(m).float() * self.n_weights for m in measured)
         return (bits + self.side) / 8, LEFT * damage
 
-    def allocate(self, theta: float) -> Allocation:
-        """Take the best option of every layer at one ``theta``."""
+    def allocate(self, theta: float, kept: Mapping[str, Option] | None = None) -> Allocation:
+        """Take the best option of every layer at one ``theta``.
+
+        Args:
+            theta: What a byte is worth.
+            kept: Options by layer name, to take whatever they cost.
+        """
         n_bytes, damage = self.blocks_at(theta)
         total_bytes = self.n_bytes.index_add(0, self.owner, n_bytes)
         total_damage = self.damage.index_add(0, self.owner, damage)
-        cost = total_damage + SLOPE * theta * total_bytes
-        best = {name: int(mine[cost[mine].argmin()]) for name, mine in self.alone.items()}
-        for fold in self.together:
-            joint = torch.stack([cost[mine] for mine in fold.values()]).sum(dim=0)  # (options,)
-            if float(joint.min()) < sum(float(cost[best[name]]) for name in fold):
-                best |= {name: int(mine[joint.argmin()]) for name, mine in fold.items()}
+        if kept is None:
+            best = self._cheapest(total_damage + SLOPE * theta * total_bytes)
+        else:
+            numbers = {id(option): number for number, option in enumerate(self.options)}
+            best = {name: numbers[id(option)] for name, option in kept.items()}
         return Allocation(
             theta,
             {name: self.options[number] for name, number in best.items()},
@@ -291,6 +295,15 @@ class Rates:
             },
             float(total_damage[list(best.values())].sum()),
         )
+
+    def _cheapest(self, cost: Tensor) -> dict[str, int]:
+        """Return the number of the option ``(P,)`` of least cost, by layer name."""
+        best = {name: int(mine[cost[mine].argmin()]) for name, mine in self.alone.items()}
+        for fold in self.together:
+            joint = torch.stack([cost[mine] for mine in fold.values()]).sum(dim=0)  # (options,)
+            if float(joint.min()) < sum(float(cost[best[name]]) for name in fold):
+                best |= {name: int(mine[joint.argmin()]) for name, mine in fold.items()}
+        return best
 
 
 @njit(cache=True)

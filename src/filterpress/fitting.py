@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from filterpress.allocation import Allocation, Rates
+from filterpress.allocation import Allocation, Option, Rates
 from filterpress.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -58,16 +58,19 @@ def fit_budget(
     """
     target, beside = float(max_bytes), 0.0
     best: Attempt | None = None
-    tried = []
+    tried: list[tuple[object, ...]] = []
     for _ in range(ATTEMPTS):
-        allocation = rates.allocate(meet(lambda t: rates.allocate(t).total_bytes, target))
+        allocation = _spend(rates, target)
+        if _name(allocation) in tried:
+            # The target lies between two options of a layer: spend the rest on finer steps.
+            allocation = _spend(rates, target, allocation.chosen)
         spent = allocation.total_bytes
         if fingerprint(allocation) in avoid:
             target = 0.95 * min(target, spent)  # the budget may not bind
             continue
-        if (allocation.forms, allocation.scale) in tried:
+        if _name(allocation) in tried:
             break  # nothing else will come
-        tried.append((allocation.forms, allocation.scale))
+        tried.append(_name(allocation))
         new = _attempt(allocation, build, size, spent + beside)
         log.info("theta %.3g: %d bytes of %d", allocation.theta, new.n_bytes, max_bytes)
         log.debug("expected: %.0f bytes", new.expected)
@@ -81,11 +84,17 @@ def fit_budget(
     if best is None:
         raise ModelError("every allocation for this budget has failed before: change max_size")
     least = rates.allocate(LARGEST_THETA)
-    unseen = (least.forms, least.scale) not in tried and fingerprint(least) not in avoid
+    unseen = _name(least) not in tried and fingerprint(least) not in avoid
     if best.n_bytes > max_bytes and unseen:
         expected = least.total_bytes + beside
         best = _better(best, _attempt(least, build, size, expected), max_bytes)
     return best
+
+
+def _spend(rates: Rates, target: float, kept: Mapping[str, Option] | None = None) -> Allocation:
+    """Allocate as many bytes as a target has, or a few less."""
+    theta = meet(lambda t: rates.allocate(t, kept).total_bytes, target)
+    return rates.allocate(theta, kept)
 
 
 def meet(spend: Callable[[float], float], target: float) -> float:
@@ -108,6 +117,10 @@ def meet(spend: Callable[[float], float], target: float) -> float:
         if high - low < 1e-3:
             break
     return math.exp(high)
+
+
+def _name(allocation: Allocation) -> tuple[object, ...]:
+    return allocation.forms, allocation.scale
 
 
 def _attempt(
