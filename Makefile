@@ -41,8 +41,9 @@ bench: $(BENCH) ## reproduce the results of README.md, in hours; DATA=folder of 
 	$(BIN)/python benchmarks/networks.py --data-dir $(DATA) $(ARGS)
 	$(BIN)/python benchmarks/stages.py torchvision:resnet18 torchvision:resnet50
 
-image: ## build the image that the pipeline's steps run in
-	$(ENGINE) build -f docker/stage.Dockerfile -t $(IMAGE) .
+image: ## build the image that the pipeline's steps run in; see docs/images.md
+	$(ENGINE) build -f docker/stage.Dockerfile -t $(IMAGE) \
+		--build-arg REVISION="$$(git rev-parse HEAD)" $(ARGS) .
 
 clean: ## remove what was built; keeps .venv and runs/
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -253,12 +253,15 @@ def lint(
 def run(
     *,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")],
+    image: Annotated[
+        str, typer.Option(help="Image of the containers that the steps run in; none: processes.")
+    ] = "",
     size_tries: Tries = SIZE_TRIES,
     json: Json = False,
     debug: Debug = False,
     **parameters: Any,
 ) -> None:
-    """Run the pipeline on this machine, one process a step; what did not change is reused."""
+    """Run the pipeline on this machine, step by step; what did not change is reused."""
     with terminal.polite(debug):
         check_spelling(parameters["max_size"], parameters["min_accuracy"])
         stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
@@ -266,7 +269,7 @@ def run(
         arguments = on_this_machine(parameters, out)
         bounds = {"rounds": arguments["max_rounds"], "retrains": arguments["max_retrains"]}
         pipeline = build(**bounds, size_tries=size_tries, cache_evaluate=True)
-        report = run_locally(pipeline, arguments, out)
+        report = run_locally(pipeline, arguments, out, image)
     terminal.show(report, json)
 
 

@@ -8,11 +8,14 @@ call, from the command line, and in a container.
 import os
 import sys
 from functools import partial
+from importlib.util import find_spec
 
 from kfp import dsl
 
-# kfp.local tries `import docker`, which from the repository's root would find the folder docker/.
-sys.modules.setdefault("docker", None)
+# kfp.local tries `import docker`. Where that package is not installed, Python would take the folder
+# docker/ of the repository for it.
+if not getattr(find_spec("docker"), "origin", None):
+    sys.modules["docker"] = None
 
 #: The image of every step, read when the pipeline is compiled; a release pins it by digest.
 IMAGE = os.environ.get("FILTERPRESS_IMAGE", "filterpress-python:0.1.0")

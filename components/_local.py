@@ -25,6 +25,8 @@ from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
 from kfp.local.status import Status
 
 import filterpress
+from components import _containers
+from components._ir import pin
 from filterpress import files
 from filterpress.errors import BudgetError, FilterpressError
 from filterpress.reporting import write_html
@@ -54,13 +56,14 @@ class _Unevaluated(BaseException):
     """Carries the news through kfp.local, which swallows every Exception while it evaluates."""
 
 
-def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path) -> Report:
+def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path, image: str = "") -> Report:
     """Run the pipeline on this machine, and tell on standard error what every step did.
 
     Args:
         pipeline: Pipeline.
         arguments: Its parameters; paths must be absolute.
         out: Folder of the run; a second run in it reuses the steps whose inputs did not change.
+        image: Image of the containers that the steps run in; empty for processes.
 
     Returns:
         Report of the last measurement and of the publication, with ``release``, ``package`` and
@@ -77,7 +80,7 @@ def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path) -> Repor
         tell(step)
 
     try:
-        execute(pipeline, arguments, out, note)
+        execute(pipeline, arguments, out, note, image)
     finally:
         report = leave_results(steps, out)
     if "release" not in report:
@@ -86,27 +89,38 @@ def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path) -> Repor
 
 
 def execute(
-    pipeline: GraphComponent, arguments: dict[str, Any], out: Path, note: Callable[[Step], None]
+    pipeline: GraphComponent,
+    arguments: dict[str, Any],
+    out: Path,
+    note: Callable[[Step], None],
+    image: str = "",
 ) -> None:
-    """Run a pipeline with sub-pipelines, one process a step.
+    """Run a pipeline with sub-pipelines, one process or container a step.
 
     Args:
         pipeline: Pipeline.
         arguments: Its parameters.
         out: Folder for ``steps/``, ``cache/`` and ``run.log``.
         note: Called with every step as it ends.
+        image: Image of the containers; empty for processes.
 
     Raises:
         BudgetError: The thresholds were not met.
         FilterpressError: A step failed for another reason.
         ConditionError: A condition could not be evaluated.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    found = _containers.find(image) if image else None
+    (out / "steps").mkdir(parents=True, exist_ok=True)
+    if found:
+        pin(pipeline, found.name)
+        runner = _containers.runner(arguments, out)
+    else:
+        runner = local.SubprocessRunner(use_venv=False)
     local.init(
-        runner=local.SubprocessRunner(use_venv=False),
+        runner=runner,
         pipeline_root=str(out / "steps"),
         enable_caching=True,
-        cache_root=str(out / "cache" / fingerprint(arguments)),
+        cache_root=str(out / "cache" / fingerprint(arguments, found.digest if found else "")),
     )
     failed: list[Step] = []
 
@@ -191,14 +205,15 @@ def watched(tell: Callable[[Step], None], log: TextIO) -> Iterator[None]:
         orchestrator.execute_task = inner
 
 
-def fingerprint(arguments: dict[str, Any]) -> str:
+def fingerprint(arguments: dict[str, Any], image: str = "") -> str:
     """Digest what the steps depend on besides their parameters, for the name of the cache.
 
-    That is the library's own source, the file of weights and the module of the user's own task:
-    kfp.local keeps only their names in its keys.
+    That is the library's own source, the image, the file of weights and the module of the user's
+    own task: kfp.local keeps only their names in its keys.
 
     Args:
         arguments: Parameters of the run.
+        image: Digest of the image; empty for processes.
 
     Returns:
         16 hexadecimal digits.
@@ -211,7 +226,7 @@ def fingerprint(arguments: dict[str, Any]) -> str:
         with contextlib.suppress(ImportError, ValueError):
             found = importlib.util.find_spec(module) if module else None
             files += [Path(found.origin)] if found and found.origin else []
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(image.encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-# The image that every step of the pipeline runs in:
+# The image that every step of the pipeline runs in; docs/images.md says how to build and run it.
 #
 #     docker build -f docker/stage.Dockerfile -t filterpress-python:0.1.0 .
 #
@@ -7,21 +7,33 @@
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS wheel
+COPY constraints.txt /wheels/
+ENV PIP_CONSTRAINT=/wheels/constraints.txt
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src src
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${BASE_IMAGE}
-ARG PIP_EXTRA_INDEX_URL=""
-COPY constraints.txt /wheels/
 COPY --from=wheel /wheels /wheels
-# Of kfp a step needs only the executor, which has no dependencies of its own.
+ARG PIP_EXTRA_INDEX_URL=""
+# Of kfp a step needs only the executor, which has no dependencies of its own. What is there to build
+# with goes, torch's headers and tests too (145 MB); setuptools stays, for torch asks for it.
 RUN pip install --no-cache-dir -c /wheels/constraints.txt \
         "$(echo /wheels/filterpress-*.whl)[train,publish]" \
     && pip install --no-cache-dir --no-deps -c /wheels/constraints.txt kfp \
+    && pip uninstall --yes pip wheel \
+    && rm -rf /usr/local/lib/python3*/site-packages/torch/include \
+        /usr/local/lib/python3*/site-packages/torch/test \
     && useradd --uid 1000 --create-home filterpress
 USER 1000
-# Clusters may choose another user, who has no home to write compiled code to.
+# Nothing but /tmp and the folder of the run is written. Clusters may choose another user, who has no
+# home to write compiled code to.
 ENV NUMBA_CACHE_DIR=/tmp/numba PYTHONUNBUFFERED=1
 WORKDIR /tmp
+ARG REVISION=""
+LABEL org.opencontainers.image.title="filterpress-python" \
+    org.opencontainers.image.description="The steps of the filterpress pipeline" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.revision="${REVISION}"

@@ -190,6 +190,10 @@ def test_the_cache_is_another_one_for_another_version_of_the_users_own_code(tmp_
     assert fingerprint({"task": "my_own_task:make"}) != before
 
 
+def test_the_cache_is_another_one_for_another_image_under_the_same_name():
+    assert len({fingerprint({}, image) for image in ("", "sha256:a", "sha256:b")}) == 3
+
+
 def test_paths_are_absolute_and_addresses_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"weights": "w.pt", "data_dir": "", "store": "gs://bucket/x", "keys": "keys", "seed": 1}
