@@ -43,7 +43,7 @@ bench: $(BENCH) ## reproduce the results of README.md, in hours; DATA=folder of 
 
 image: ## build the image that the pipeline's steps run in; see docs/images.md
 	$(ENGINE) build -f docker/stage.Dockerfile -t $(IMAGE) \
-		--build-arg REVISION="$$(git rev-parse HEAD)" $(ARGS) .
+		--label org.opencontainers.image.revision="$$(git rev-parse HEAD)" $(ARGS) .
 
 clean: ## remove what was built; keeps .venv and runs/
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

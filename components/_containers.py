@@ -60,12 +60,16 @@ def runner(arguments: dict[str, Any], out: Path) -> local.DockerRunner:
     """
     from docker.types import Mount
 
-    environment = {"XDG_CACHE_HOME": out / "cache", "NUMBA_CACHE_DIR": out / "cache" / "numba"}
-    threads = {name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"}
+    environment = {name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"}
+    environment |= {
+        "XDG_CACHE_HOME": str(out / "cache"),
+        "NUMBA_CACHE_DIR": str(out / "cache" / "numba"),
+        "PYTHONUNBUFFERED": "",  # kfp.local indents whatever is written at once: let it be lines
+    }
     mounted = {"out": out, **outside(arguments, out)}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
-        environment={name: str(path) for name, path in environment.items()} | threads,
+        environment=environment,
         mounts=[
             Mount(str(path), str(path), type="bind", read_only=name in _READ_ONLY)
             for name, path in mounted.items()

@@ -31,9 +31,7 @@ USER 1000
 # home to write compiled code to.
 ENV NUMBA_CACHE_DIR=/tmp/numba PYTHONUNBUFFERED=1
 WORKDIR /tmp
-ARG REVISION=""
 LABEL org.opencontainers.image.title="filterpress-python" \
     org.opencontainers.image.description="The steps of the filterpress pipeline" \
     org.opencontainers.image.licenses="Apache-2.0" \
-    org.opencontainers.image.version="0.1.0" \
-    org.opencontainers.image.revision="${REVISION}"
+    org.opencontainers.image.version="0.1.0"
