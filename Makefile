@@ -10,7 +10,7 @@ STAMP := .venv/installed
 BENCH := .venv/installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint format bench image clean
+.PHONY: help demo install test lint format manifests bench image clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,9 @@ lint: $(STAMP) ## style, types and the direction of imports
 format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+manifests: $(STAMP) ## compile the pipeline, write its Kubernetes resources: manifests/
+	$(BIN)/python pipeline.py manifests
 
 bench: $(BENCH) ## reproduce the results of README.md, in hours; DATA=folder of Fashion-MNIST
 	$(BIN)/python benchmarks/networks.py --data-dir $(DATA) $(ARGS)

@@ -30,6 +30,7 @@ from components._ir import pin, settle_names
 from components._lint import check
 from components._local import on_this_machine
 from components._local import run as run_locally
+from components._manifests import write
 from components._rounds import call, make_retrain_loop, make_round
 from components.give_up import give_up
 from components.prune import prune
@@ -235,6 +236,18 @@ def compile_(
         output.parent.mkdir(parents=True, exist_ok=True)
         compiler.Compiler().compile(pipeline, str(output))
         check(output, pinned=bool(image))
+
+
+@app.command()
+def manifests(
+    folder: Annotated[Path, typer.Argument(help="Folder of manifests.")] = COMPILED.parent,
+    debug: Debug = False,
+) -> None:
+    """Compile the pipeline, and write its Kubernetes resources for every overlay."""
+    with terminal.polite(debug):
+        compiler.Compiler().compile(build(), str(folder / COMPILED.name))
+        check(folder / COMPILED.name)
+        write(folder)
 
 
 @app.command()

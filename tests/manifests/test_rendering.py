@@ -1,0 +1,51 @@
+"""The manifests as a cluster gets them: valid on old and new Kubernetes, and in their place."""
+
+import json
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from tests.manifests.rendering import ENVIRONMENTS, one, overlay
+from tests.manifests.schemas import VERSIONS, check
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_cluster_takes_every_resource(environment, version):
+    for found in overlay(environment):
+        check(found, version)
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_resource_is_in_the_namespace_of_its_environment(environment):
+    for found in overlay(environment):
+        assert found["metadata"]["namespace"] == f"filterpress-{environment}", found
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_resource_has_a_name_of_its_own(environment):
+    names = [(found["kind"], found["metadata"]["name"]) for found in overlay(environment)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_field_that_a_resource_does_not_have_is_refused():
+    for found in overlay("prod"):
+        wrong = json.loads(json.dumps(found))
+        wrong.setdefault("spec", wrong)["nosuchfield"] = "x"
+        with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+            check(wrong, VERSIONS[0])
+
+
+@pytest.mark.parametrize("kind", ["Pipeline", "PipelineVersion"])
+def test_what_runs_point_to_outlives_its_place_in_git(kind):
+    annotations = one(overlay("prod"), kind)["metadata"]["annotations"]
+    assert annotations["argocd.argoproj.io/sync-options"] == "Prune=false"
+    assert annotations["kustomize.toolkit.fluxcd.io/prune"] == "disabled"
+
+
+def test_the_pipeline_comes_before_its_version():
+    wave = "argocd.argoproj.io/sync-wave"
+    kinds = ("Pipeline", "PipelineVersion")
+    waves = [int(one(overlay("prod"), kind)["metadata"]["annotations"][wave]) for kind in kinds]
+    assert waves[0] < waves[1]
