@@ -77,8 +77,9 @@ def write(folder: Path) -> None:
     }
     for overlay in sorted((folder / "overlays").glob("*/kustomization.yaml")):
         pinned = _with_image(ir, _pinned_image(overlay, _repository(ir)))
-        rename = {"op": "replace", "path": "/metadata/name", "value": version_name(pinned)}
-        written[overlay.with_name("version.yaml")] = [rename]
+        paths = ("/metadata/name", "/spec/displayName")
+        names = [{"op": "replace", "path": p, "value": version_name(pinned)} for p in paths]
+        written[overlay.with_name("version.yaml")] = names
         written[overlay.with_name("fields.yaml")] = _fields(ir)
     for file, content in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def _pipeline_version(ir: Document) -> Document:
         "apiVersion": API,
         "kind": "PipelineVersion",
         "metadata": {"name": name, "annotations": annotations},
-        "spec": {"pipelineName": _name(ir), **ir},
+        "spec": {"pipelineName": _name(ir), "displayName": name, **ir},
     }
 
 

@@ -37,6 +37,7 @@ CUSTOM = {
         record(
             ["pipelineName", "pipelineSpec"],
             pipelineName=NAME,
+            displayName=TEXT,
             pipelineSpec={"type": "object"},
             platformSpec={"type": "object"},
         ),

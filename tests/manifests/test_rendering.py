@@ -6,7 +6,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from tests.manifests.rendering import ENVIRONMENTS, one, overlay
+from tests.manifests.rendering import ENVIRONMENTS, FOLDER, one, overlay, render
 from tests.manifests.schemas import VERSIONS, check
 
 
@@ -49,3 +49,31 @@ def test_the_pipeline_comes_before_its_version():
     kinds = ("Pipeline", "PipelineVersion")
     waves = [int(one(overlay("prod"), kind)["metadata"]["annotations"][wave]) for kind in kinds]
     assert waves[0] < waves[1]
+
+
+def test_a_cluster_takes_the_example_of_a_gateway():
+    found = render(FOLDER / "gateway")
+    for version in VERSIONS:
+        for resource in found:
+            check(resource, version)
+    assert {resource["metadata"]["namespace"] for resource in found} == {"filterpress-gateway"}
+
+
+def test_what_the_gateway_points_to_is_there():
+    found = render(FOLDER / "gateway")
+    deployment, service = one(found, "Deployment")["spec"], one(found, "Service")["spec"]
+    pod = deployment["template"]
+    labels = pod["metadata"]["labels"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"] for port in container["ports"]}
+    configuration = one(found, "ConfigMap")
+    selectors = [service["selector"], deployment["selector"]["matchLabels"]]
+    kinds = {"NetworkPolicy": "podSelector", "PodDisruptionBudget": "selector"}
+    selectors += [one(found, kind)["spec"][key]["matchLabels"] for kind, key in kinds.items()]
+    assert all(selector.items() <= labels.items() for selector in selectors)
+    assert {port["targetPort"] for port in service["ports"]} <= ports
+    assert {volume["name"] for volume in pod["spec"]["volumes"]} == {
+        mount["name"] for mount in container["volumeMounts"]
+    }
+    assert configuration["metadata"]["name"] in json.dumps(pod["spec"]["volumes"])
+    assert pod["spec"]["serviceAccountName"] == one(found, "ServiceAccount")["metadata"]["name"]
