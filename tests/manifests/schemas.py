@@ -1,6 +1,6 @@
 """Schemas of custom resources, of the fields that the manifests use and no others.
 
-From the definitions of Kubeflow Pipelines 2.16, Argo CD 3, Flux 2 and Gateway API 1.
+From the definitions of Kubeflow Pipelines 2.16, Argo CD 3 and Flux 2.
 """
 
 import jsonschema
@@ -43,6 +43,54 @@ CUSTOM = {
         ),
     ),
 }
+
+CUSTOM["Application"] = resource(
+    "argoproj.io/v1alpha1",
+    "Application",
+    record(
+        ["project", "source", "destination"],
+        project=TEXT,
+        source=record(["repoURL", "path"], repoURL=TEXT, targetRevision=TEXT, path=TEXT),
+        destination=record(["server", "namespace"], server=TEXT, namespace=NAME),
+        syncPolicy=record(
+            automated=record(prune={"type": "boolean"}, selfHeal={"type": "boolean"}),
+            syncOptions={"type": "array", "items": {"pattern": "^[A-Z][A-Za-z]+=(true|false)$"}},
+            retry=record(
+                limit={"type": "integer"},
+                backoff=record(duration=TEXT, factor={"type": "integer"}, maxDuration=TEXT),
+            ),
+        ),
+    ),
+)
+DURATION = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"}
+CUSTOM["GitRepository"] = resource(
+    "source.toolkit.fluxcd.io/v1",
+    "GitRepository",
+    record(
+        ["interval", "url"],
+        interval=DURATION,
+        url={"type": "string", "pattern": "^(http|https|ssh)://"},
+        ref=record(branch=TEXT),
+    ),
+)
+CUSTOM["Kustomization"] = resource(
+    "kustomize.toolkit.fluxcd.io/v1",
+    "Kustomization",
+    record(
+        ["interval", "prune", "sourceRef"],
+        interval=DURATION,
+        dependsOn={"type": "array", "items": record(["name"], name=NAME)},
+        sourceRef=record(["kind", "name"], kind={"const": "GitRepository"}, name=NAME),
+        path={"type": "string", "pattern": r"^\./"},
+        targetNamespace=NAME,
+        prune={"type": "boolean"},
+        wait={"type": "boolean"},
+        patches={
+            "type": "array",
+            "items": record(["patch"], target=record(kind=TEXT, name=NAME), patch=TEXT),
+        },
+    ),
+)
 
 
 def check(found, version):
