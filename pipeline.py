@@ -25,7 +25,7 @@ from kfp import compiler, dsl
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 
-from components._cluster import send
+from components._cluster import Cluster, read_schedule, remove_schedule, send, set_schedule
 from components._ir import pin, settle_names
 from components._lint import check
 from components._local import on_this_machine
@@ -286,38 +286,81 @@ def run(
     terminal.show(report, json)
 
 
+Host = Annotated[str, typer.Option(help="Address of the KFP API, http://…")]
+Experiment = Annotated[str, typer.Option(help="Experiment of the runs.")]
+Namespace = Annotated[str, typer.Option(help="Namespace, where there are users.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token.")
+]
+Account = Annotated[str, typer.Option(help="Service account of the steps.")]
+Image = Annotated[str, typer.Option(help="Image of every step.")]
+
+
 @app.command()
 @with_flags_of(PARAMETERS)
 def submit(
     *,
-    host: Annotated[str, typer.Option(help="Address of the KFP API, http://…")],
-    experiment: Annotated[str, typer.Option(help="Experiment of the run.")] = NAME,
-    namespace: Annotated[str, typer.Option(help="Namespace, where there are users.")] = "kubeflow",
-    token_file: Annotated[
-        Path | None,
-        typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token."),
-    ] = None,
-    image: Annotated[str, typer.Option(help="Image of every step.")] = "",
+    host: Host,
+    experiment: Experiment = NAME,
+    namespace: Namespace = "kubeflow",
+    token_file: TokenFile = None,
+    service_account: Account = "",
+    image: Image = "",
     size_tries: Tries = SIZE_TRIES,
     debug: Debug = False,
     **parameters: Any,
 ) -> None:
     """Submit a run to a cluster; steps that it has done before are reused."""
     with terminal.polite(debug):
-        check_spelling(parameters["max_size"], parameters["min_accuracy"])
-        bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
-        pipeline = build(**bounds, size_tries=size_tries)
-        if image:
-            pin(pipeline, image)
-        address = send(
-            pipeline,
-            parameters,
-            host=host,
-            experiment=experiment,
-            namespace=namespace,
-            token=token_file.read_text(encoding="utf-8").strip() if token_file else "",
-        )
+        cluster = Cluster(host, experiment, namespace, read_token(token_file), service_account)
+        address = send(build_for(parameters, size_tries, image), parameters, cluster)
     print(address)
+
+
+@app.command()
+@with_flags_of(PARAMETERS)
+def schedule(
+    *,
+    cron: Annotated[str, typer.Option(help="When runs start from now on: '0 2 * * *'.")] = "",
+    remove: Annotated[bool, typer.Option("--remove", help="Start no more.")] = False,
+    host: Host,
+    experiment: Experiment = NAME,
+    namespace: Namespace = "kubeflow",
+    token_file: TokenFile = None,
+    service_account: Account = "",
+    image: Image = "",
+    size_tries: Tries = SIZE_TRIES,
+    json: Json = False,
+    debug: Debug = False,
+    **parameters: Any,
+) -> None:
+    """Show when a cluster starts runs; change it with --cron, end it with --remove."""
+    with terminal.polite(debug):
+        if cron and remove:
+            raise ValueError(f"remove must go without cron, got {cron!r}")
+        cluster = Cluster(host, experiment, namespace, read_token(token_file), service_account)
+        if cron:
+            set_schedule(build_for(parameters, size_tries, image), parameters, cron, cluster)
+        if remove:
+            remove_schedule(cluster)
+        found = read_schedule(cluster)
+    if json or not found:
+        terminal.show({"experiment": experiment, "schedules": found or "none"}, json)
+    else:
+        terminal.show_table(experiment, found)
+
+
+def build_for(parameters: dict[str, Any], size_tries: int, image: str) -> GraphComponent:
+    """Build the pipeline for a cluster: as many rounds as are asked for, in one image."""
+    check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
+    pipeline = build(**bounds, size_tries=size_tries)
+    return pin(pipeline, image) if image else pipeline
+
+
+def read_token(file: Path | None) -> str:
+    """Read a bearer token; without a file there is none."""
+    return file.read_text(encoding="utf-8").strip() if file else ""
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 from typer.main import get_command
 
 import pipeline
+from components._cron import check_cron
 from filterpress.__main__ import app
 from filterpress.budget import check_spelling
 from tests.manifests.rendering import ENVIRONMENTS, FOLDER, one, overlay
@@ -152,6 +153,13 @@ def test_the_store_that_is_refreshed_is_the_one_that_is_published_to(environment
         one(overlay(environment), "ConfigMap", "filterpress-store")["metadata"]["name"]
         == (container["envFrom"][0]["configMapRef"]["name"])
     )
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_schedule_is_one(environment):
+    for found in overlay(environment):
+        if found["kind"] == "CronJob":
+            check_cron(found["spec"]["schedule"])
 
 
 def test_the_refresh_is_a_command_that_there_is():

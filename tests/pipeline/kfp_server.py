@@ -114,7 +114,8 @@ class KfpServer:
             reference = body["pipeline_version_reference"]
             version = self._at("versions", reference["pipeline_version_id"])
             self._at("experiments", body["experiment_id"])
-            known = version["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+            spec = version["pipeline_spec"].get("pipeline_spec", version["pipeline_spec"])
+            known = spec["root"]["inputDefinitions"]["parameters"]
             if unknown := body["runtime_config"].get("parameters", {}).keys() - known.keys():
                 raise RefusedError(400, f"unknown parameters {sorted(unknown)}")
             body["namespace"] = NAMESPACE

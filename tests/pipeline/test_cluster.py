@@ -1,0 +1,236 @@
+"""Runs and schedules on a cluster: what is made there, once, and what is taken back."""
+
+import json
+import socket
+
+import pytest
+from typer.testing import CliRunner
+
+import pipeline
+from components._cron import check_cron
+from tests.pipeline.kfp_server import NAMESPACE, TOKEN, KfpServer
+
+SMALL = ["--max-rounds", "1", "--max-retrains", "0", "--size-tries", "1"]
+KINDS = ["pipelines", "versions", "experiments", "runs", "recurringruns"]
+
+
+@pytest.fixture
+def kfp():
+    server = KfpServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def call(kfp, tmp_path):
+    (tmp_path / "token").write_text(TOKEN + "\n")
+
+    def call(command, *flags, host=kfp.host, namespace=NAMESPACE):
+        where = ["--host", host, "--namespace", namespace]
+        where += ["--token-file", str(tmp_path / "token")]
+        return CliRunner().invoke(pipeline.app, [command, *where, *SMALL, *flags])
+
+    return call
+
+
+def made(kfp):
+    return {kind: len(kfp.found[kind]) for kind in KINDS}
+
+
+def complaint(done):
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def shown(call):
+    done = call("schedule", "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)["schedules"]
+
+
+def test_a_run_is_of_a_version_that_is_named_after_its_content(kfp, call):
+    done = call("submit", "--max-size", "20x", "--service-account", "filterpress-run")
+    (run,) = kfp.found["runs"]
+    assert done.stdout == f"{kfp.host}/#/runs/details/{run['run_id']}\n", done.stderr
+    assert done.stderr == ""
+    (version,) = kfp.found["versions"]
+    reference = run["pipeline_version_reference"]
+    assert reference["pipeline_version_id"] == version["pipeline_version_id"]
+    assert run["runtime_config"]["parameters"]["max_size"] == "20x"
+    assert run["service_account"] == "filterpress-run"
+    assert kfp.found["experiments"][0]["namespace"] == NAMESPACE
+
+
+def test_the_same_pipeline_is_uploaded_once_and_another_one_beside_it(kfp, call):
+    for _ in range(2):
+        assert call("submit").exit_code == 0
+    assert made(kfp) | {"runs": 0} == dict.fromkeys(KINDS[:3], 1) | {"runs": 0, "recurringruns": 0}
+    image = "registry/filterpress-python@sha256:" + "0" * 64
+    assert call("submit", "--image", image).exit_code == 0
+    assert made(kfp)["versions"] == 2
+    assert len(set(kfp.names("versions"))) == 2
+    assert made(kfp)["pipelines"] == 1
+
+
+def test_an_installation_for_one_user_is_asked_for_no_namespace(kfp, call):
+    kfp.multi_user = False
+    assert call("submit").exit_code == 0
+    assert not kfp.found["experiments"][0].get("namespace")
+
+
+def test_a_version_with_other_content_is_one_line_and_no_run(kfp, call):
+    call("submit")
+    (version,) = kfp.found["versions"]
+    version["pipeline_spec"]["root"]["dag"]["tasks"].popitem()
+    kfp.found["runs"].clear()
+    line = complaint(call("submit"))
+    assert f"version {version['display_name']} of filterpress exists with other content" in line
+    assert "delete that version in the UI" in line
+    assert not kfp.found["runs"]
+
+
+def test_content_that_a_cluster_writes_otherwise_is_the_same(kfp, call):
+    call("submit")
+    (version,) = kfp.found["versions"]
+    ours = json.dumps(version["pipeline_spec"])
+    assert "0.0" in ours
+    theirs = json.loads(ours, parse_float=lambda text: int(float(text)))
+    version["pipeline_spec"] = {"pipeline_spec": theirs, "platform_spec": {}}
+    assert call("submit").exit_code == 0
+    assert made(kfp)["versions"] == 1
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 2 * * *"], ["schedule"]])
+def test_what_a_cluster_refuses_is_one_line_that_says_what_to_do(kfp, call, command, tmp_path):
+    kfp.forbidden = {(verb, kind) for verb in ("list", "create") for kind in KINDS}
+    line = complaint(call(*command))
+    assert f"does not allow this in namespace {NAMESPACE} (403 may not list experiments)" in line
+    assert "Role filterpress-submit" in line
+    (tmp_path / "token").write_text("old")
+    line = complaint(call(*command))
+    assert "refuses the token (401 Unauthenticated): write a new one into --token-file" in line
+    assert made(kfp) == dict.fromkeys(KINDS, 0)
+
+
+@pytest.mark.parametrize("denied", ["experiments", "pipelines", "versions", "runs"])
+def test_a_run_that_is_refused_leaves_nothing_behind(kfp, call, denied):
+    kfp.forbidden = {("create", denied)}
+    assert f"(403 may not create {denied})" in complaint(call("submit"))
+    assert made(kfp) == dict.fromkeys(KINDS, 0)
+
+
+def test_a_run_that_is_refused_leaves_what_was_there(kfp, call):
+    call("submit")
+    before = made(kfp)
+    kfp.forbidden = {("create", "runs")}
+    complaint(call("submit"))
+    assert made(kfp) == before
+
+
+def test_what_cannot_be_taken_back_hides_no_refusal(kfp, call):
+    kfp.forbidden = {("create", "runs"), ("delete", "versions")}
+    assert "(403 may not create runs)" in complaint(call("submit"))
+
+
+def test_another_namespace_is_refused_by_name(kfp, call):
+    assert "in namespace others (403" in complaint(call("submit", namespace="others"))
+    assert made(kfp) == dict.fromkeys(KINDS, 0)
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule"], ["schedule", "--remove"]])
+def test_a_host_that_does_not_answer_is_one_line(call, command):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        line = complaint(call(*command, host=host))
+    assert f"{host} does not answer: [Errno 111] Connection refused; check --host" in line
+    assert "host must be an address" in complaint(call(*command, host="localhost:8888"))
+
+
+def test_a_login_before_the_api_is_one_line(kfp, call):
+    kfp.page = "<html>Log in</html>"
+    assert "answers with a page, not as the API of KFP" in complaint(call("submit"))
+
+
+def test_a_token_file_that_is_missing_is_one_line(call, tmp_path):
+    (tmp_path / "token").unlink()
+    assert "No such file or directory" in complaint(call("submit"))
+
+
+def test_a_schedule_is_shown_changed_and_removed(kfp, call):
+    assert shown(call) == "none"
+    first = call("schedule", "--cron", "0 2 * * *", "--max-size", "20x")
+    assert first.exit_code == 0, first.stderr
+    (schedule,) = kfp.found["recurringruns"]
+    assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
+    assert schedule["no_catchup"]
+    assert schedule["max_concurrency"] == 1
+    (row,) = shown(call)
+    assert row["cron"] == "0 2 * * *"
+    assert row["mode"] == "enable"
+    assert row["version"] == kfp.names("versions")[0]
+    assert json.loads(row["parameters"])["max_size"] == "20x"
+    call("schedule", "--cron", "30 4 * * 1-5")
+    (row,) = shown(call)
+    assert row["cron"] == "30 4 * * 1-5"
+    assert row["cron"] in call("schedule").stdout
+    assert call("schedule", "--remove").exit_code == call("schedule", "--remove").exit_code == 0
+    assert shown(call) == "none"
+    assert not kfp.found["recurringruns"]
+
+
+def test_a_schedule_of_another_experiment_stays(kfp, call):
+    for experiment in ("one", "two"):
+        call("schedule", "--cron", "0 2 * * *", "--experiment", experiment)
+    call("schedule", "--remove", "--experiment", "one")
+    (left,) = kfp.found["recurringruns"]
+    (two,) = [e for e in kfp.found["experiments"] if e["display_name"] == "two"]
+    assert left["experiment_id"] == two["experiment_id"]
+
+
+@pytest.mark.parametrize("denied", [("create", "recurringruns"), ("delete", "recurringruns")])
+def test_a_schedule_that_cannot_be_changed_stays_as_it_was(kfp, call, denied):
+    call("schedule", "--cron", "0 2 * * *")
+    before = made(kfp)
+    kfp.forbidden = {denied}
+    line = complaint(call("schedule", "--cron", "30 4 * * *", "--image", "other@sha256:1"))
+    assert f"(403 may not {' '.join(denied)})" in line
+    assert "0 0 2 * * *" in [
+        r["trigger"]["cron_schedule"]["cron"] for r in kfp.found["recurringruns"]
+    ]
+    if denied[0] == "create":
+        assert made(kfp) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("nightly", "cron must be minute hour day month weekday"),
+        ("0 0 2 * * *", "cron must be minute hour day month weekday"),
+        ("60 2 * * *", "minute of cron must be numbers from 0 to 59, got '60'"),
+        ("0 2-1 * * *", "hour of cron must be numbers from 0 to 23, got '2-1'"),
+        ("0 2 0 * *", "day of cron must be"),
+        ("0 2 * 1,13 *", "month of cron must be"),
+        ("0 2 * * 7", "weekday of cron must be numbers from 0 to 6"),
+        ("0 */0 * * *", "hour of cron must be"),
+        ("0 2 * * MON", "weekday of cron must be"),
+        ("0 -1 * * *", "hour of cron must be"),
+    ],
+)
+def test_a_wrong_line_of_cron_is_one_line_and_the_cluster_is_not_asked(kfp, call, line, rule):
+    assert rule in complaint(call("schedule", "--cron", line))
+    assert kfp.asked == []
+
+
+@pytest.mark.parametrize("line", ["0 2 * * *", "*/15 0-6,22 1 1-12/2 0", "5,10-20/5 * * * 6"])
+def test_a_right_line_of_cron_is_taken(line):
+    check_cron(line)
+
+
+def test_a_schedule_is_changed_or_removed_but_not_both(kfp, call):
+    line = complaint(call("schedule", "--cron", "0 2 * * *", "--remove"))
+    assert "remove must go without cron, got '0 2 * * *'" in line
+    assert kfp.asked == []
