@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from kfp import compiler, dsl
+from kfp import compiler, dsl, kubernetes
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 
@@ -43,6 +43,8 @@ from filterpress.flags import Debug, Json, with_flags_of
 
 NAME = "filterpress"
 ROUNDS, SIZE_TRIES, RETRAINS = 3, 2, 2
+#: Where a cluster shows the step that signs its keys, if it has any.
+KEYS_SECRET, KEYS_FOLDER = "filterpress-publish-keys", "/etc/filterpress/keys"
 
 
 class Stairs(NamedTuple):
@@ -193,7 +195,8 @@ def add_publication(given: dict[str, Any], decided: PipelineTask) -> None:
     """Add the publication of what was decided to be published."""
     with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
         model, run = decided.outputs["model"], dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        call(publish, given, model=model, run=run).set_caching_options(False)
+        published = call(publish, given, model=model, run=run).set_caching_options(False)
+        kubernetes.use_secret_as_volume(published, KEYS_SECRET, KEYS_FOLDER, optional=True)
 
 
 def add_failure(given: dict[str, Any], decided: PipelineTask, unless: str) -> None:

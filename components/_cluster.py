@@ -201,7 +201,7 @@ def _upload(
             found = client.upload_pipeline_version(str(file), name, pipeline_id=there.pipeline_id)
             made = there.pipeline_id, found.pipeline_version_id
             _later(undo, client.delete_pipeline_version, *made)
-        elif not _is(found.pipeline_spec, ir["pipelineSpec"]):
+        elif not _is(found.pipeline_spec, ir):
             raise FilterpressError(
                 f"version {name} of {pipeline.name} exists with other content: somebody used its "
                 "name; delete that version in the UI, and try again"
@@ -211,12 +211,14 @@ def _upload(
 
 def _is(there: dict[str, Any], ours: dict[str, Any]) -> bool:
     """Compare as messages: a cluster may write the same content otherwise."""
-    found = there.get("pipeline_spec", there)  # where there is a part for one platform too
+    found = there.get("pipeline_spec", there)  # bare where there is nothing for one platform
     try:
         message = json_format.ParseDict(found, PipelineSpec(), ignore_unknown_fields=True)
     except json_format.ParseError:
         return False
-    return message == json_format.ParseDict(ours, PipelineSpec())
+    if there.get("platform_spec", {}) != ours.get("platformSpec", {}):
+        return False
+    return message == json_format.ParseDict(ours["pipelineSpec"], PipelineSpec())
 
 
 def _schedules(client: Client, experiment_id: str) -> list[Any]:

@@ -28,6 +28,7 @@ def settle_names(pipeline: GraphComponent) -> GraphComponent:
     spec["components"], spec["deploymentSpec"]["executors"] = {}, {}
     used: Counter[str] = Counter()
     labels: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     level = [spec["root"]["dag"]]
     while level:
         below = []
@@ -42,11 +43,17 @@ def settle_names(pipeline: GraphComponent) -> GraphComponent:
                 else:
                     executor = executors[component["executorLabel"]]
                     label = labels.setdefault(json.dumps(executor), f"exec-{place}")
+                    renamed[component["executorLabel"]] = label
                     component["executorLabel"] = label
                     spec["deploymentSpec"]["executors"][label] = executor
         level = below
     pipeline.pipeline_spec.Clear()
     json_format.ParseDict(spec, pipeline.pipeline_spec)
+    for platform in pipeline.platform_spec.platforms.values():
+        settings = {renamed[old]: one for old, one in platform.deployment_spec.executors.items()}
+        platform.deployment_spec.ClearField("executors")
+        for label in sorted(settings):
+            platform.deployment_spec.executors[label].CopyFrom(settings[label])
     return pipeline
 
 

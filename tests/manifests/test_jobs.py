@@ -27,7 +27,7 @@ SPEC = {"root": {"inputDefinitions": {"parameters": {"max_size": {}, "seed": {}}
 def kfp():
     server = KfpServer()
     made = server.add("pipelines", display_name="filterpress")
-    fields = {"pipeline_id": made["pipeline_id"], "pipeline_spec": SPEC}
+    fields = {"pipeline_id": made["pipeline_id"], "pipeline_spec": {"pipeline_spec": SPEC}}
     server.add("versions", display_name=VERSION, **fields)
     yield server
     server.close()

@@ -114,7 +114,7 @@ class KfpServer:
             reference = body["pipeline_version_reference"]
             version = self._at("versions", reference["pipeline_version_id"])
             self._at("experiments", body["experiment_id"])
-            spec = version["pipeline_spec"].get("pipeline_spec", version["pipeline_spec"])
+            spec = version["pipeline_spec"]["pipeline_spec"]
             known = spec["root"]["inputDefinitions"]["parameters"]
             if unknown := body["runtime_config"].get("parameters", {}).keys() - known.keys():
                 raise RefusedError(400, f"unknown parameters {sorted(unknown)}")
@@ -128,7 +128,8 @@ class KfpServer:
             raise RefusedError(409, f"{query['name']} exists already")
         head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
         (file,) = message_from_bytes(head + body).get_payload()
-        spec = yaml.load(file.get_payload(decode=True), yaml.CSafeLoader)
+        documents = yaml.load_all(file.get_payload(decode=True), yaml.CSafeLoader)
+        spec = dict(zip(("pipeline_spec", "platform_spec"), documents, strict=False))
         self._at("pipelines", query["pipelineid"])
         fields = {"pipeline_id": query["pipelineid"], "pipeline_spec": spec}
         return self.add("versions", display_name=query["name"], **fields)

@@ -81,10 +81,14 @@ def test_an_installation_for_one_user_is_asked_for_no_namespace(kfp, call):
     assert not kfp.found["experiments"][0].get("namespace")
 
 
-def test_a_version_with_other_content_is_one_line_and_no_run(kfp, call):
+@pytest.mark.parametrize("part", ["pipeline_spec", "platform_spec", "sdkVersion"])
+def test_a_version_with_other_content_is_one_line_and_no_run(kfp, call, part):
     call("submit")
     (version,) = kfp.found["versions"]
-    version["pipeline_spec"]["root"]["dag"]["tasks"].popitem()
+    if part == "sdkVersion":
+        version["pipeline_spec"] = {part: {"no": "pipeline"}}
+    else:
+        version["pipeline_spec"][part].popitem()
     kfp.found["runs"].clear()
     line = complaint(call("submit"))
     assert f"version {version['display_name']} of filterpress exists with other content" in line
@@ -97,8 +101,7 @@ def test_content_that_a_cluster_writes_otherwise_is_the_same(kfp, call):
     (version,) = kfp.found["versions"]
     ours = json.dumps(version["pipeline_spec"])
     assert "0.0" in ours
-    theirs = json.loads(ours, parse_float=lambda text: int(float(text)))
-    version["pipeline_spec"] = {"pipeline_spec": theirs, "platform_spec": {}}
+    version["pipeline_spec"] = json.loads(ours, parse_float=lambda text: int(float(text)))
     assert call("submit").exit_code == 0
     assert made(kfp)["versions"] == 1
 

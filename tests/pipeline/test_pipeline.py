@@ -172,11 +172,22 @@ def test_every_component_runs_the_function_that_its_task_is_named_after():
             assert re.fullmatch(rf"{function}(-\d+)?", name)
 
 
+def test_the_step_that_signs_is_shown_the_keys_and_no_other_step_is():
+    spec = compiled()
+    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
+    ((label, settings),) = platform["deploymentSpec"]["executors"].items()
+    executor = spec["deploymentSpec"]["executors"][label]
+    assert executor["container"]["args"][-1] == "publish"
+    (volume,) = settings["secretAsVolume"]
+    assert volume["mountPath"] == "/etc/filterpress/keys"
+    assert volume["optional"]  # a run that publishes nothing needs no keys
+
+
 def test_pinning_changes_the_image_of_every_step(tmp_path):
     image = "registry/filterpress-python@sha256:" + "0" * 64
     compiler.Compiler().compile(pin(module.build(), image), str(tmp_path / "pinned.yaml"))
     check(tmp_path / "pinned.yaml", pinned=True)
-    spec = yaml.safe_load((tmp_path / "pinned.yaml").read_text(encoding="utf-8"))
+    spec = next(yaml.safe_load_all((tmp_path / "pinned.yaml").read_text(encoding="utf-8")))
     images = {e["container"]["image"] for e in spec["deploymentSpec"]["executors"].values()}
     assert images == {image}
 
