@@ -13,7 +13,7 @@ BENCH := .venv/installed-bench
 .PHONY: help demo install test lint format manifests bench image clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP) ## train a small network, compress it, release it, run it on a vehicle: runs/demo
 	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp $(ARGS)

