@@ -17,6 +17,7 @@ neither "publish" nor has a branch of its own ends in give-up, so that no run en
 published. A step with nothing left to do copies its package.
 """
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -347,6 +348,8 @@ def schedule(
         if remove:
             remove_schedule(cluster)
         found = read_schedule(cluster)
+        for row in found:
+            row["parameters"] = settings(row["parameters"])
     if json or not found:
         terminal.show({"experiment": experiment, "schedules": found or "none"}, json)
     else:
@@ -359,6 +362,13 @@ def build_for(parameters: dict[str, Any], size_tries: int, image: str) -> GraphC
     bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
     pipeline = build(**bounds, size_tries=size_tries)
     return pin(pipeline, image) if image else pipeline
+
+
+def settings(parameters: dict[str, Any]) -> str:
+    """Write down what a run is told beyond the defaults."""
+    known = inspect.signature(PARAMETERS).parameters
+    told = [f"{k}={v}" for k, v in parameters.items() if k in known and v != known[k].default]
+    return " ".join(told)
 
 
 def read_token(file: Path | None) -> str:

@@ -120,7 +120,7 @@ def set_schedule(
         undo.pop_all()
 
 
-def read_schedule(cluster: Cluster) -> list[dict[str, str]]:
+def read_schedule(cluster: Cluster) -> list[dict[str, Any]]:
     """Say when runs of an experiment start.
 
     Args:
@@ -139,12 +139,12 @@ def read_schedule(cluster: Cluster) -> list[dict[str, str]]:
         return [
             {
                 "cron": schedule.trigger.cron_schedule.cron.removeprefix("0 "),
-                "mode": str(schedule.mode).lower(),
+                "state": f"{schedule.mode}D".lower(),
                 "version": client.get_pipeline_version(
                     schedule.pipeline_version_reference.pipeline_id,
                     schedule.pipeline_version_reference.pipeline_version_id,
                 ).display_name,
-                "parameters": json.dumps(schedule.runtime_config.parameters),
+                "parameters": schedule.runtime_config.parameters,
             }
             for schedule in (_schedules(client, found.experiment_id) if found else ())
         ]
@@ -312,6 +312,6 @@ def _refusal(cluster: Cluster, status: int, body: bytes | str | None, reason: st
     if status == 403:
         return (
             f"{host} does not allow this in namespace {cluster.namespace} (403 {said}): have your "
-            "account bound to the Role filterpress-submit there, or name another --namespace"
+            "account bound to kubeflow-pipelines-edit there, or name another --namespace"
         )
     return f"{host} refused the run: {status} {said}"

@@ -111,7 +111,7 @@ def test_what_a_cluster_refuses_is_one_line_that_says_what_to_do(kfp, call, comm
     kfp.forbidden = {(verb, kind) for verb in ("list", "create") for kind in KINDS}
     line = complaint(call(*command))
     assert f"does not allow this in namespace {NAMESPACE} (403 may not list experiments)" in line
-    assert "Role filterpress-submit" in line
+    assert "bound to kubeflow-pipelines-edit there, or name another --namespace" in line
     (tmp_path / "token").write_text("old")
     line = complaint(call(*command))
     assert "refuses the token (401 Unauthenticated): write a new one into --token-file" in line
@@ -173,9 +173,9 @@ def test_a_schedule_is_shown_changed_and_removed(kfp, call):
     assert schedule["max_concurrency"] == 1
     (row,) = shown(call)
     assert row["cron"] == "0 2 * * *"
-    assert row["mode"] == "enable"
+    assert row["state"] == "enabled"
     assert row["version"] == kfp.names("versions")[0]
-    assert json.loads(row["parameters"])["max_size"] == "20x"
+    assert row["parameters"] == "max_size=20x max_rounds=1 max_retrains=0"
     call("schedule", "--cron", "30 4 * * 1-5")
     (row,) = shown(call)
     assert row["cron"] == "30 4 * * 1-5"
