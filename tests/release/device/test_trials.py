@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -173,6 +174,17 @@ def test_other_software_tries_what_was_bad_again(home, store, monkeypatch):
     new = Vehicle(home, limits=LIMITS)
     assert new.update() is Outcome.STAGED
     assert new.boot().manifest.sha256 == digest(V2)
+
+
+def test_a_vehicle_runs_with_another_build_of_the_runtime(home, store, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(state, "version", missing)
+    store.publish(V2)
+    vehicle = Vehicle(home, limits=LIMITS)
+    assert vehicle.update() is Outcome.STAGED
+    assert vehicle.boot().manifest.sha256 == digest(V2)
 
 
 def test_a_release_for_which_there_was_no_memory_is_tried_again(home, store, server, monkeypatch):

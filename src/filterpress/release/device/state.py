@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filterpress import files
@@ -56,7 +56,14 @@ class State:
 
 def versions() -> str:
     """Name the software that decodes and runs a release."""
-    return " ".join(f"{name} {version(name)}" for name in ("filterpress", "onnxruntime"))
+    return ", ".join(_version(name) for name in ("filterpress", "onnxruntime"))
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"another {name}"  # a build for some hardware has another name: no reason to stop
 
 
 def read(path: Path) -> State | None:
