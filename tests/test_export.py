@@ -101,6 +101,7 @@ def test_a_network_that_is_not_quantised_is_rounded_to_eight_bits(name):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_projected_layers_are_exported_as_their_two_halves(groups, fine):
+    torch.manual_seed(groups)
     network = networks.make("residual")
     for name in ("blocks.0.first.0", "blocks.1.first.0", "classifier"):
         layer = network.get_submodule(name)
