@@ -44,7 +44,8 @@ def test_levels_fitted_to_outputs_damage_them_less(bits, kind):
             grid = fit_levels(weight, moments, kind, bits, per=per, fit=fit).values
             delta = grid.rounded(weight) * grid.step[:, None] - weight
             damages[fit] = float((moments.importance * delta.square()).sum())
-        assert damages["outputs"] <= damages["weights"] < damages["range"]
+        # 1.01: both are what steps and integers in turn come to rest at, not the least there is
+        assert damages["outputs"] <= 1.01 * damages["weights"] < damages["range"]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
