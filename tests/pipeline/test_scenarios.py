@@ -67,7 +67,7 @@ def id_of_the_run(store):
     """Return what made the release, as its channel says."""
     root = (store.parent / "keys" / "root.json").read_bytes()
     made_by = rollout.read(str(store), root=root).content["run"]
-    assert re.fullmatch("[0-9a-f-]{8,}", made_by), made_by
+    assert made_by.isdecimal()  # as kfp.local draws it
     return made_by
 
 
