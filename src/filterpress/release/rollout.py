@@ -50,19 +50,7 @@ from filterpress.release.trust import RELEASE, ROLLOUT, open_reader, reported
 _log = logging.getLogger(__name__)
 
 
-def publish(
-    target: str,
-    *,
-    store: str,
-    keys: Path,
-    hardware: str = ANY,
-    channel: str = STABLE,
-    percent: float = ALL,
-    cohorts: Sequence[str] = (),
-    not_before: str = "",
-    check: Check | None = None,
-    run: str = "",
-) -> Channel:
+def publish(target: str, *, store: str, keys: Path, **named: Any) -> Channel:
     """Let a channel name a release.
 
     A channel that names it already is left as it is, with the share it has been ramped to; so is
@@ -72,13 +60,7 @@ def publish(
         target: Path of a release in the store.
         store: Directory or ``gs://bucket/prefix``.
         keys: Folder of keys; those of ``rollout``, ``snapshot`` and ``timestamp`` are enough.
-        hardware: As for `naming`.
-        channel: As for `naming`.
-        percent: As for `naming`.
-        cohorts: As for `naming`.
-        not_before: As for `naming`.
-        check: As for `naming`.
-        run: As for `naming`.
+        named: As for `naming`.
 
     Returns:
         The channel.
@@ -89,15 +71,7 @@ def publish(
         ModelError: As for `naming`.
         ReleaseError: As for `naming`, or the store or the keys cannot be used or trusted.
     """
-    name = naming(
-        hardware=hardware,
-        channel=channel,
-        percent=percent,
-        cohorts=cohorts,
-        not_before=not_before,
-        check=check,
-        run=run,
-    )
+    name = naming(**named)
     return transact(store, keys, lambda draft: name(draft, target))
 
 

@@ -258,8 +258,8 @@ class Vehicle:
         if not verdict.reason:
             slot.prove(manifest)
             counter = max(known.release_counter, manifest.release_counter)
-            good = replace(known, good=pending.slot, release_counter=counter, trial=None)
-            self._save(replace(good, error="", attack=False))
+            good = replace(known, good=pending.slot, release_counter=counter)
+            self._save(replace(good, trial=None, error="", attack=False))
             return
         reason = f"release {manifest.release_counter} failed its trial: {verdict.reason}"
         _log.warning("%s", reason)
