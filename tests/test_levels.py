@@ -37,15 +37,15 @@ def test_both_ways_of_choosing_levels_damage_less_than_the_nearest(grid):
 
 @pytest.mark.parametrize(("bits", "kind"), [(2, "symmetric"), (3, "asymmetric")])
 def test_levels_fitted_to_outputs_damage_them_less(bits, kind):
-    weight, moments = torch.randn(12, 40), correlated(12, 40)
+    weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
+    moments = correlated(12, 40)
     damages = {}
     for per in ("channel", "tensor"):
         for fit in ("range", "weights", "outputs"):
             grid = fit_levels(weight, moments, kind, bits, per=per, fit=fit).values
             delta = grid.rounded(weight) * grid.step[:, None] - weight
             damages[fit] = float((moments.importance * delta.square()).sum())
-        # 1.01: both are what steps and integers in turn come to rest at, not the least there is
-        assert damages["outputs"] <= 1.01 * damages["weights"] < damages["range"]
+        assert damages["outputs"] <= damages["weights"] < damages["range"]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
