@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from filterpress import files
+from filterpress import buckets, files
 from filterpress.errors import DataError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def download_folder(url: str, cache: Path) -> Path:
 def _download(url: str, cache: Path) -> Path:
     bucket, _, prefix = url.removeprefix("gs://").partition("/")
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-    with _client() as client:
+    with buckets.client() as client:
         blobs = {
             blob.name.removeprefix(prefix): blob
             for blob in client.list_blobs(bucket, prefix=prefix)
@@ -144,16 +144,6 @@ def _download(url: str, cache: Path) -> Path:
     partial.replace(folder)
     files.sync(folder.parent)
     return folder
-
-
-def _client() -> Any:
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-
-    if not os.environ.get("STORAGE_EMULATOR_HOST"):
-        return storage.Client()
-    nobody = AnonymousCredentials()  # type: ignore[no-untyped-call]
-    return storage.Client(project="emulator", credentials=nobody)
 
 
 def _fetch(blob: Any, folder: Path, name: str) -> None:

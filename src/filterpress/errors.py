@@ -7,7 +7,8 @@ FilterpressError
 ├── BudgetError       thresholds that no network can meet, or that this one did not
 ├── DataError         a data set that is missing, empty or inconsistent
 ├── ModelError        a network that cannot be built, loaded or compressed
-└── ReleaseError      a store, key or signature that publication cannot trust
+├── ReleaseError      a store, key or signature that publication cannot trust
+└── ScratchError      a place for checkpoints that cannot be used
 ```
 
 The caller's own mistakes (a wrong type, a value out of range) are ``TypeError`` and
@@ -44,3 +45,7 @@ class ModelError(FilterpressError):
 
 class ReleaseError(FilterpressError):
     """A store, a key or a signature cannot be trusted or used."""
+
+
+class ScratchError(FilterpressError):
+    """A place for checkpoints, or what lies there, cannot be used."""

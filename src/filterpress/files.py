@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from filterpress.errors import PackageError
 
@@ -26,11 +27,25 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         OSError: It cannot be written; what was there before still is.
     """
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write that becomes ``path`` when the block ends well, once the disk has it.
+
+    Args:
+        path: The file; what it held is replaced. Its directory is made if there is none.
+
+    Raises:
+        OSError: It cannot be written; what was there before still is.
+    """
     make_directory(path.parent)
     growing = draft(path)
     try:
         with growing.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         growing.replace(path)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from filterpress import files
+from filterpress import buckets, files
 from filterpress.errors import ReleaseError
 
-_BUCKET = re.compile(r"gs://([^/]+)(.*)")
 _LOCK = ".lock"
 
 
@@ -69,11 +66,6 @@ class Store(Protocol):
         """
 
 
-def is_emulated() -> bool:
-    """Say whether buckets are those of an emulator."""
-    return bool(os.environ.get("STORAGE_EMULATOR_HOST"))
-
-
 def open_store(uri: str) -> Store:
     """Open a directory or a bucket.
 
@@ -92,19 +84,12 @@ def open_store(uri: str) -> Store:
         Traceback (most recent call last):
         ValueError: store must be a directory or gs://bucket/prefix, got 's3://bucket/models'
     """
-    if uri and "://" not in uri:
+    bucket = buckets.open_bucket("store", uri, ReleaseError)
+    if bucket is None:
         return DirectoryStore(Path(uri))
-    bucket = _BUCKET.fullmatch(uri)
-    if not bucket:
-        raise ValueError(f"store must be a directory or gs://bucket/prefix, got {uri!r}")
-    try:
-        # Optional, and slow to import: only those who name a bucket pay for it.
-        from filterpress.release.bucket import BucketStore
-    except ImportError as error:
-        raise ReleaseError(
-            f"{uri} needs google-cloud-storage: pip install 'filterpress[publish]'"
-        ) from error
-    return BucketStore(bucket[1], bucket[2].strip("/"))
+    from filterpress.release.bucket import BucketStore
+
+    return BucketStore(bucket)
 
 
 class DirectoryStore:

@@ -20,11 +20,12 @@ from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization.json import JSONSerializer
 
+from filterpress.buckets import is_emulated
 from filterpress.errors import ReleaseError
 from filterpress.release.cluster import turn
 from filterpress.release.keys import LIFE, Keys, load_keys
 from filterpress.release.names import ISSUED, payload_name
-from filterpress.release.store import ConflictError, DirectoryStore, Store, is_emulated, open_store
+from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
 from filterpress.release.trust import (
     DELEGATED,
     TIMESTAMP,
