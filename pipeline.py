@@ -3,18 +3,19 @@
 KFP has no loop, so the loop is unrolled when the pipeline is compiled, as a staircase of `dsl.If`:
 
 ```
-train -> prune -> search -> round-1 -+- publish            both thresholds hold
-                                     +- give-up            too big: retraining cannot mend it
-                                     +- retrain-loop-1 ----+- publish
-                                                           +- round-2 ...  the same level again
-                                                           +- give-up
+check -> train -> prune -> search -> round-1 -+- publish            both thresholds hold
+                                              +- give-up            too big to be mended
+                                              +- retrain-loop-1 ----+- publish
+                                                                    +- round-2 ...  once more
+                                                                    +- give-up
 round-n        = size_tries x (cluster, reduce) -> evaluate
 retrain-loop-n = retrains x (retrain, evaluate)
 ```
 
-search passes its package on, unless max_size is "smallest". A decision is one string. Whatever is
-neither "publish" nor has a branch of its own ends in give-up, so that no run ends well with nothing
-published. A step with nothing left to do copies its package.
+All of it is inside of an exit handler, report, which tells how it ended. search passes its package
+on, unless max_size is "smallest". A decision is one string. Whatever is neither "publish" nor has a
+branch of its own ends in give-up, so that no run ends well with nothing published. A step with
+nothing left to do copies its package.
 """
 
 import inspect
@@ -32,10 +33,14 @@ from components._lint import check
 from components._local import on_this_machine
 from components._local import run as run_locally
 from components._manifests import write
+from components._placing import LOCAL, ON_A_CLUSTER, Policy, check_amounts
+from components._placing import PARAMETERS as CLUSTER_ONLY
 from components._rounds import call, make_retrain_loop, make_round
+from components.check import check as check_settings
 from components.give_up import give_up
 from components.prune import prune
 from components.publish import publish
+from components.report import report
 from components.search import search
 from components.train import train
 from filterpress import stages, terminal
@@ -63,7 +68,7 @@ def build(
     rounds: int = ROUNDS,
     size_tries: int = SIZE_TRIES,
     retrains: int = RETRAINS,
-    cache_evaluate: bool = False,
+    policy: Policy = ON_A_CLUSTER,
 ) -> GraphComponent:
     """Unroll the loop into a pipeline.
 
@@ -71,9 +76,7 @@ def build(
         rounds: Most rounds of a run; ``max_rounds`` may ask for fewer.
         size_tries: Pairs of cluster and reduce in a round.
         retrains: Most retrains in a round; ``max_retrains`` may ask for fewer.
-        cache_evaluate: Whether a measurement may be taken from the cache. On a cluster a
-            sub-pipeline that ends in a cached step is shown as running forever; kfp.local shows
-            nothing, and a run that was killed goes on after its last measurement.
+        policy: How steps are run.
 
     Raises:
         ValueError: A bound is below its least value.
@@ -85,19 +88,20 @@ def build(
     numbers = range(1, rounds + 1)
     stairs = Stairs(
         size_tries=size_tries,
-        rounds=[make_round(n, size_tries, cache_evaluate) for n in numbers],
-        retrain_loops=[make_retrain_loop(n, retrains, cache_evaluate) for n in numbers if retrains],
+        rounds=[make_round(n, size_tries, policy) for n in numbers],
+        retrain_loops=[make_retrain_loop(n, retrains, policy) for n in numbers if retrains],
     )
-    return settle_names(define(stairs))
+    return settle_names(define(stairs, policy))
 
 
-def define(stairs: Stairs) -> GraphComponent:
+def define(stairs: Stairs, policy: Policy) -> GraphComponent:
     """Define the pipeline on its sub-pipelines."""
 
     @dsl.pipeline(name=NAME)
     def pipeline(
         model: str = "small",
         weights: str = "",
+        train_config: str = "{}",
         data: str = "digits",
         data_dir: str = "",
         image_size: int = 0,
@@ -108,7 +112,6 @@ def define(stairs: Stairs) -> GraphComponent:
         max_rounds: int = 2,
         max_retrains: int = 2,
         max_minutes: int = 60,
-        train_config: str = "{}",
         prune_config: str = "{}",
         cluster_config: str = "{}",
         reduce_config: str = "{}",
@@ -118,42 +121,58 @@ def define(stairs: Stairs) -> GraphComponent:
         name: str = NAME,
         channel: str = "any/stable",
         percent: float = 100.0,
+        cpu: str = "1",
+        memory: str = "4Gi",
+        accelerators: str = "0",
+        accelerator: str = "nvidia.com/gpu",
+        node_selector: dict = {},  # noqa: B006 (KFP copies it into the form)
+        tolerations: list = [],  # noqa: B006
     ):
         """Compress a trained CNN to a storage budget and an accuracy floor, and publish it signed.
 
         Args:
-            model: Network: a built-in name, torchvision:NAME or package.module:function.
-            weights: File of trained weights; empty trains from scratch.
-            data: Data set.
-            data_dir: Folder or bucket that holds the data set.
-            image_size: Height and width in pixels; 0 keeps the data set's own.
-            task: package.module:function of a task of your own.
-            seed: Seed of everything random.
-            max_size: Storage threshold of the published file: bytes, 300KB, 300KiB or 12x; or
-                smallest, for the smallest file that keeps the accuracy threshold.
-            min_accuracy: Accuracy threshold: a fraction (0.92), or percentage points below the
-                trained network (-1pp).
-            max_rounds: Rounds allowed, up to what was compiled.
-            max_retrains: Retrains allowed in a round, up to what was compiled.
-            max_minutes: Time for finding the smallest file, where that is asked for.
-            train_config: JSON object that overrides fields of the training's config.
-            prune_config: JSON object that names a pruning method and overrides its config.
-            cluster_config: JSON object that names a clustering method and overrides its config.
-            reduce_config: JSON object that names a reduction method and overrides its config.
-            retrain_config: JSON object that overrides fields of the retraining's config.
-            store: Folder or bucket to publish to.
-            keys: Folder of the signing keys, outside of the store; empty makes development keys
-                beside a store that is a folder.
-            name: Name of the network in the store.
-            channel: Kind of vehicle and channel, such as any/stable; empty for none.
-            percent: Share of these vehicles that take part at once.
+            model: Train: network, a built-in name, torchvision:NAME or package.module:function.
+            weights: Train: file of trained weights; empty trains from scratch.
+            train_config: Train: JSON object that overrides fields of the training's config.
+            data: Data: data set, digits, fashion-mnist, cifar10 or image-folder:PATH.
+            data_dir: Data: folder or bucket that holds the data set.
+            image_size: Data: height and width in pixels; 0 keeps the data set's own.
+            task: Data: package.module:function of a task of your own.
+            seed: Data: seed of everything random.
+            max_size: Goal: storage threshold of the published file, as bytes, 300KB, 300KiB or
+                12x; or smallest, for the smallest file that keeps the accuracy threshold.
+            min_accuracy: Goal: accuracy threshold, a fraction (0.92), or percentage points below
+                the trained network (-1pp).
+            max_rounds: Goal: rounds allowed, up to what was compiled.
+            max_retrains: Goal: retrains allowed in a round, up to what was compiled.
+            max_minutes: Goal: time for finding the smallest file, where that is asked for.
+            prune_config: Methods: JSON object that names a pruning method and overrides its config.
+            cluster_config: Methods: JSON object that names a clustering method and overrides its
+                config.
+            reduce_config: Methods: JSON object that names a reduction method and overrides its
+                config.
+            retrain_config: Methods: JSON object that overrides fields of the retraining's config.
+            store: Publish: folder or bucket to publish to.
+            keys: Publish: folder of the signing keys, outside of the store; empty makes
+                development keys beside a store that is a folder.
+            name: Publish: name of the network in the store.
+            channel: Publish: kind of vehicle and channel, such as any/stable; empty for none.
+            percent: Publish: share of these vehicles that take part at once.
+            cpu: Cluster: CPUs that a step asks for.
+            memory: Cluster: memory of a step; one that needs more is ended.
+            accelerators: Cluster: accelerators of each step that trains.
+            accelerator: Cluster: their kind, as nodes offer it.
+            node_selector: Cluster: JSON object of labels of the nodes that train.
+            tolerations: Cluster: JSON list of taints that the steps which train tolerate.
         """
-        given = locals()
-        trained = call(train, given, config=train_config).outputs["trained"]
-        pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
-        given["trained"] = trained
-        found = call(search, given, model=pruned, size_tries=stairs.size_tries)
-        add_level(given, stairs, found.outputs["found"], found.outputs["Output"], 1)
+        given = {**locals(), "policy": policy, "size_tries": stairs.size_tries}
+        with dsl.ExitHandler(call(report, given), name="run"):
+            checked = call(check_settings, given)
+            trained = call(train, given, config=train_config).after(checked).outputs["trained"]
+            pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
+            given["trained"] = trained
+            found = call(search, given, model=pruned)
+            add_level(given, stairs, found.outputs["found"], found.outputs["Output"], 1)
 
     return pipeline
 
@@ -185,7 +204,7 @@ def add_outcomes(given: dict[str, Any], stairs: Stairs, decided: PipelineTask, n
     add_publication(given, decided)
     if number == len(stairs.rounds):
         with dsl.If(decided.outputs["Output"] != "publish", name="give-up"):
-            call(give_up, given, model=decided.outputs["model"]).set_caching_options(False)
+            call(give_up, given, model=decided.outputs["model"])
         return
     with dsl.If(decided.outputs["Output"] == "next", name=f"round-{number + 1}"):
         add_level(given, stairs, decided.outputs["model"], "too-big", number + 1)
@@ -196,7 +215,7 @@ def add_publication(given: dict[str, Any], decided: PipelineTask) -> None:
     """Add the publication of what was decided to be published."""
     with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
         model, run = decided.outputs["model"], dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        published = call(publish, given, model=model, run=run).set_caching_options(False)
+        published = call(publish, given, model=model, run=run)
         kubernetes.use_secret_as_volume(published, KEYS_SECRET, KEYS_FOLDER, optional=True)
 
 
@@ -207,7 +226,7 @@ def add_failure(given: dict[str, Any], decided: PipelineTask, unless: str) -> No
         dsl.If(decision != "publish", name="not-published"),
         dsl.If(decision != unless, name="give-up"),
     ):
-        call(give_up, given, model=decided.outputs["model"]).set_caching_options(False)
+        call(give_up, given, model=decided.outputs["model"])
 
 
 app = typer.Typer(
@@ -266,7 +285,7 @@ def lint(
 
 
 @app.command()
-@with_flags_of(PARAMETERS)
+@with_flags_of(PARAMETERS, without=CLUSTER_ONLY, grouped=True)
 def run(
     *,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")],
@@ -285,9 +304,9 @@ def run(
         out = out.resolve()
         arguments = on_this_machine(parameters, out)
         bounds = {"rounds": arguments["max_rounds"], "retrains": arguments["max_retrains"]}
-        pipeline = build(**bounds, size_tries=size_tries, cache_evaluate=True)
-        report = run_locally(pipeline, arguments, out, image)
-    terminal.show(report, json)
+        pipeline = build(**bounds, size_tries=size_tries, policy=LOCAL)
+        found = run_locally(pipeline, arguments, out, image)
+    terminal.show(found, json)
 
 
 Host = Annotated[str, typer.Option(help="Address of the KFP API, http://…")]
@@ -301,7 +320,7 @@ Image = Annotated[str, typer.Option(help="Image of every step.")]
 
 
 @app.command()
-@with_flags_of(PARAMETERS)
+@with_flags_of(PARAMETERS, grouped=True)
 def submit(
     *,
     host: Host,
@@ -322,7 +341,7 @@ def submit(
 
 
 @app.command()
-@with_flags_of(PARAMETERS)
+@with_flags_of(PARAMETERS, grouped=True)
 def schedule(
     *,
     cron: Annotated[str, typer.Option(help="When runs start from now on: '0 2 * * *'.")] = "",
@@ -359,6 +378,7 @@ def schedule(
 def build_for(parameters: dict[str, Any], size_tries: int, image: str) -> GraphComponent:
     """Build the pipeline for a cluster: as many rounds as are asked for, in one image."""
     check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    check_amounts(parameters)
     bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
     pipeline = build(**bounds, size_tries=size_tries)
     return pin(pipeline, image) if image else pipeline

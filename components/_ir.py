@@ -3,15 +3,21 @@
 KFP numbers the components and executors of sub-pipelines in the order of a hash map, which differs
 from process to process. A committed pipeline could then not be compared with a fresh one, and a
 second local run would not find the first one's steps in the cache. It also repeats the source of a
-component for every task; once is enough, and a third of the size.
+component, and what is said of its parameters, for every task; all that is half of the size.
 """
 
 import json
+import re
 from collections import Counter
+from collections.abc import MutableMapping
 from copy import deepcopy
+from typing import Any
 
 from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
 from kfp.dsl.graph_component import GraphComponent
+
+_LABEL = re.compile(r"exec-(?P<step>.+?)(?:-\d+)*")
 
 
 def settle_names(pipeline: GraphComponent) -> GraphComponent:
@@ -28,13 +34,12 @@ def settle_names(pipeline: GraphComponent) -> GraphComponent:
     spec["components"], spec["deploymentSpec"]["executors"] = {}, {}
     used: Counter[str] = Counter()
     labels: dict[str, str] = {}
-    renamed: dict[str, str] = {}
     level = [spec["root"]["dag"]]
     while level:
         below = []
         for dag in level:
             for name, task in sorted(dag["tasks"].items()):
-                component = deepcopy(components[task["componentRef"]["name"]])
+                component = _undescribed(components[task["componentRef"]["name"]])
                 place = _numbered(used, _without_number(name))
                 task["componentRef"]["name"] = f"comp-{place}"
                 spec["components"][f"comp-{place}"] = component
@@ -43,17 +48,13 @@ def settle_names(pipeline: GraphComponent) -> GraphComponent:
                 else:
                     executor = executors[component["executorLabel"]]
                     label = labels.setdefault(json.dumps(executor), f"exec-{place}")
-                    renamed[component["executorLabel"]] = label
                     component["executorLabel"] = label
                     spec["deploymentSpec"]["executors"][label] = executor
         level = below
     pipeline.pipeline_spec.Clear()
     json_format.ParseDict(spec, pipeline.pipeline_spec)
     for platform in pipeline.platform_spec.platforms.values():
-        settings = {renamed[old]: one for old, one in platform.deployment_spec.executors.items()}
-        platform.deployment_spec.ClearField("executors")
-        for label in sorted(settings):
-            platform.deployment_spec.executors[label].CopyFrom(settings[label])
+        _settle_settings(platform.deployment_spec.executors, sorted(set(labels.values())))
     return pipeline
 
 
@@ -70,6 +71,43 @@ def pin(pipeline: GraphComponent, image: str) -> GraphComponent:
     for executor in pipeline.pipeline_spec.deployment_spec["executors"].values():
         executor["container"]["image"] = image
     return pipeline
+
+
+def _undescribed(component: dict[str, Any]) -> dict[str, Any]:
+    """Copy a component without what is said of its parameters: the form shows those of the root."""
+    copied = deepcopy(component)
+    for side in ("inputDefinitions", "outputDefinitions"):
+        for definitions in copied.get(side, {}).values():
+            for definition in definitions.values():
+                definition.pop("description", None)
+    return copied
+
+
+def _settle_settings(executors: MutableMapping[str, Struct], labels: list[str]) -> None:
+    """Give what a platform is told of each step to the label that its executor has now.
+
+    KFP mixes up the labels of a step that is used in several sub-pipelines when it merges them, so
+    all tasks of a step must have the same settings.
+
+    Raises:
+        ValueError: They have not.
+    """
+    settings: dict[str, Struct] = {}
+    for label in sorted(executors):
+        step, copied = _step(label), Struct()
+        copied.CopyFrom(executors[label])
+        if settings.setdefault(step, copied) != copied:
+            raise ValueError(f"settings of {step} for a cluster must be the same for all its tasks")
+    for label in list(executors):
+        del executors[label]
+    for label in labels:
+        if _step(label) in settings:
+            executors[label].CopyFrom(settings[_step(label)])
+
+
+def _step(label: str) -> str:
+    """Return the name of a step, of the label of its executor."""
+    return _LABEL.fullmatch(label)["step"]
 
 
 def _without_number(task: str) -> str:

@@ -12,15 +12,17 @@ from typing import Any
 
 import yaml
 
+from components._placing import AMOUNT
 from filterpress.errors import FilterpressError
 
 Spec = dict[str, Any]
 
 #: Client-side apply keeps a whole manifest in an annotation of at most 262144 bytes.
-MAX_JSON_BYTES = 200_000
+MAX_JSON_BYTES = 240_000
 
 _GROUPS = ("condition-", "exit-handler-")
 _NUMBER = re.compile(r"double\(|[=<>] -?\d")
+_CHANNEL = re.compile(r"pipelinechannel--(\w+)")
 _PARAMETER = re.compile(r"parameter_values\['([^']+)'\]")
 
 
@@ -98,7 +100,7 @@ def sub_pipelines_have_a_parameter(spec: Spec) -> Iterator[str]:
 def sub_pipelines_end_uncached(spec: Spec) -> Iterator[str]:
     """L5: a sub-pipeline whose last step comes from the cache is shown as running forever."""
     components = _components(spec)
-    groups = {task["componentRef"]["name"] for _, name, task, _ in _tasks(spec) if _is_group(name)}
+    groups = {task["componentRef"]["name"] for _, name, task, _ in _tasks(spec) if is_group(name)}
     for name, component in components.items():
         if "dag" not in component or name == "root" or name in groups:
             continue
@@ -148,8 +150,23 @@ def no_ignored_failures(spec: Spec) -> Iterator[str]:
 def no_display_names(spec: Spec) -> Iterator[str]:
     """L10: backends before 2.14 look for a step's outputs under its display name."""
     for _, name, task, _ in _tasks(spec):
-        if not _is_group(name) and task.get("taskInfo", {}).get("name", name) != name:
+        if not is_group(name) and task.get("taskInfo", {}).get("name", name) != name:
             yield f"L10 {name}: set_display_name"
+
+
+def amounts_have_defaults(spec: Spec) -> Iterator[str]:
+    """L11: a cluster refuses a step whose CPUs or memory are no amount; kfp.local ignores both."""
+    parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    asked = {
+        (kind, name)
+        for executor in spec["deploymentSpec"]["executors"].values()
+        for kind, text in _resources(executor)
+        for name in _CHANNEL.findall(text)
+    }
+    for kind, name in sorted(asked):
+        default = str(parameters.get(name, {}).get("defaultValue", ""))
+        if not default or (kind != "resourceType" and not AMOUNT.fullmatch(default)):
+            yield f"L11 {name}: default {default!r} for {kind}"
 
 
 RULES = [
@@ -162,6 +179,7 @@ RULES = [
     no_importer,
     no_ignored_failures,
     no_display_names,
+    amounts_have_defaults,
 ]
 
 
@@ -176,7 +194,16 @@ def _tasks(spec: Spec) -> Iterator[tuple[str, str, Spec, Spec]]:
             yield component, name, task, body["dag"]
 
 
-def _is_group(task: str) -> bool:
+def _resources(executor: Spec) -> Iterator[tuple[str, str]]:
+    """Give what a step asks for, by kind, as it is written down."""
+    resources = executor.get("container", {}).get("resources", {})
+    for kind, value in {**resources, **resources.get("accelerator", {})}.items():
+        if isinstance(value, str):
+            yield kind, value
+
+
+def is_group(task: str) -> bool:
+    """Say whether a task is a condition or an exit handler, and no sub-pipeline of our own."""
     return task.startswith(_GROUPS)
 
 

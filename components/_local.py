@@ -27,6 +27,7 @@ from kfp.local.status import Status
 import filterpress
 from components import _containers
 from components._ir import pin
+from components._lint import is_group
 from filterpress import files
 from filterpress.errors import BudgetError, FilterpressError
 from filterpress.reporting import write_html
@@ -178,7 +179,7 @@ def watched(tell: Callable[[Step], None], log: TextIO) -> Iterator[None]:
     def execute_task(**given: Any) -> tuple[dict[str, Any], Status]:
         name, task = given["task_name"], given["task_spec"]
         if given["components"][task.component_ref.name].WhichOneof("implementation") == "dag":
-            places.append(name if not task.trigger_policy.condition else _innermost(places))
+            places.append(_innermost(places) if is_group(name) else name)
             try:
                 return inner(**given)
             finally:
@@ -272,13 +273,14 @@ def leave_results(steps: list[Step], out: Path) -> Report:
         The report; without ``release`` if nothing was published, empty if nothing was measured.
     """
     measured = [step for step in steps if "evaluated" in step.outputs]
+    published = [step for step in steps if "release" in step.outputs]
     if not measured:
         return {}
     package, page = Path(measured[-1].outputs["evaluated"].path), out / "report.html"
     write_html(package, page)
     report = {**measured[-1].report, "package": str(package), "html": str(page)}
-    if "release" in steps[-1].outputs:
-        report |= {**steps[-1].report, "release": steps[-1].report["store"]}
+    if published:
+        report |= {**published[-1].report, "release": published[-1].report["store"]}
         files.write(out / ENCODED, (package / ENCODED).read_bytes())
     files.write(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
     return report

@@ -8,6 +8,7 @@ from kfp.dsl.base_component import BaseComponent
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 
+from components._placing import Policy, place
 from components.cluster import cluster
 from components.evaluate import evaluate
 from components.reduce import reduce
@@ -26,23 +27,27 @@ def call(component: BaseComponent, given: Mapping[str, Any], **own: Any) -> Pipe
 
     Args:
         component: Component or sub-pipeline.
-        given: Parameters of the pipeline; those that the component has are passed on.
+        given: Parameters of the pipeline, and its ``policy``; what the component has a parameter
+            for is passed on.
         own: What only this task gets.
 
     Returns:
         The task.
     """
     wanted = component.component_spec.inputs or {}
-    return component(**{name: value for name, value in given.items() if name in wanted} | own)
+    task = component(**{name: value for name, value in given.items() if name in wanted} | own)
+    if not isinstance(component, GraphComponent):
+        place(task, given, given["policy"])
+    return task
 
 
-def make_round(number: int, size_tries: int, cache_evaluate: bool) -> GraphComponent:
+def make_round(number: int, size_tries: int, policy: Policy) -> GraphComponent:
     """Make the sub-pipeline of one round: smaller until it fits, then measured.
 
     Args:
         number: Number of the round, from 1.
         size_tries: Pairs of cluster and reduce; those after the first that fits are copies.
-        cache_evaluate: Whether a measurement may be taken from the cache.
+        policy: How steps are run.
     """
 
     @dsl.pipeline(name=f"round-{number}")
@@ -60,27 +65,28 @@ def make_round(number: int, size_tries: int, cache_evaluate: bool) -> GraphCompo
         data_dir: str,
         image_size: int,
         task: str,
+        cpu: str,
+        memory: str,
     ) -> Decided:
-        given = {**locals(), "round": number}
+        given = {**locals(), "round": number, "policy": policy}
         for _ in range(size_tries):
             clustered = call(cluster, given, model=model, state=state, config=cluster_config)
             model = clustered.outputs["clustered"]
             reduced = call(reduce, given, model=model, state=state, config=reduce_config)
             model, state = reduced.outputs["reduced"], reduced.outputs["Output"]
         measured = call(evaluate, given, model=model, state=state, retrains=0)
-        measured.set_caching_options(cache_evaluate)
         return Decided(measured.outputs["Output"], measured.outputs["evaluated"])
 
     return one_round
 
 
-def make_retrain_loop(number: int, retrains: int, cache_evaluate: bool) -> GraphComponent:
+def make_retrain_loop(number: int, retrains: int, policy: Policy) -> GraphComponent:
     """Make the sub-pipeline that retrains a round's network until it is accurate enough.
 
     Args:
         number: Number of the round, from 1.
         retrains: Pairs of retrain and evaluate; those after a decision are copies.
-        cache_evaluate: Whether a measurement may be taken from the cache.
+        policy: How steps are run.
     """
 
     @dsl.pipeline(name=f"retrain-loop-{number}")
@@ -97,14 +103,19 @@ def make_retrain_loop(number: int, retrains: int, cache_evaluate: bool) -> Graph
         data_dir: str,
         image_size: int,
         task: str,
+        cpu: str,
+        memory: str,
+        accelerator: str,
+        accelerators: str,
+        node_selector: dict,
+        tolerations: list,
     ) -> Decided:
-        given = {**locals(), "round": number, "config": retrain_config}
+        given = {**locals(), "round": number, "config": retrain_config, "policy": policy}
         decision = "retrain"
         for done in range(1, retrains + 1):
             retrained = call(retrain, given, model=model, decision=decision)
             model = retrained.outputs["retrained"]
             measured = call(evaluate, given, model=model, state=decision, retrains=done)
-            measured.set_caching_options(cache_evaluate)
             model, decision = measured.outputs["evaluated"], measured.outputs["Output"]
         return Decided(decision, model)
 

@@ -17,6 +17,7 @@ def cluster(
     image_size: int,
     task: str,
     clustered: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
     """Share kernels between the filters of a layer.
@@ -32,11 +33,12 @@ def cluster(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         clustered: Package with shared kernels.
+        page: The story of the package so far.
         report: What the stage found.
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.cluster(
         Path(model.path),
@@ -50,4 +52,5 @@ def cluster(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, clustered)
+    reporting.write_html(Path(clustered.path), Path(page.path))

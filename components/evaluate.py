@@ -20,7 +20,9 @@ def evaluate(
     image_size: int,
     task: str,
     evaluated: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
 ) -> str:
     """Encode the network, decode those bytes, measure what came out, and decide what is next.
 
@@ -38,14 +40,16 @@ def evaluate(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         evaluated: Package with its encoded file.
+        page: The story of the package so far.
         report: What the stage found.
+        confusion: What was taken for what on the test set, where the task has few classes.
 
     Returns:
         Decision: "publish", "retrain", "next", "give-up" or "too-big".
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.evaluate(
         Path(model.path),
@@ -62,5 +66,7 @@ def evaluate(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, evaluated)
+    recording.record_confusion(found, confusion)
+    reporting.write_html(Path(evaluated.path), Path(page.path))
     return found["decision"]

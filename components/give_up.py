@@ -22,11 +22,7 @@ def give_up(
     """
     from pathlib import Path
 
-    from filterpress import stages
+    from filterpress import reporting, stages
 
-    stages.give_up(
-        Path(model.path),
-        max_size=max_size,
-        min_accuracy=min_accuracy,
-        html=Path(page.path),
-    )
+    reporting.write_html(Path(model.path), Path(page.path))
+    stages.give_up(Path(model.path), max_size=max_size, min_accuracy=min_accuracy)

@@ -15,6 +15,7 @@ def prune(
     image_size: int,
     task: str,
     pruned: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
     """Drop the filters that their layer can do without.
@@ -28,11 +29,12 @@ def prune(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         pruned: Package with fewer filters.
+        page: The story of the package so far.
         report: What the stage found.
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.prune(
         Path(model.path),
@@ -44,4 +46,5 @@ def prune(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, pruned)
+    reporting.write_html(Path(pruned.path), Path(page.path))

@@ -46,7 +46,7 @@ def publish(
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.publish(
         Path(model.path),
@@ -63,7 +63,7 @@ def publish(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
-        html=Path(page.path),
     )
     release.metadata.update(found)
-    recording.record(found, report)
+    recording.record(found, report, release)
+    reporting.write_html(Path(model.path), Path(page.path))

@@ -18,6 +18,7 @@ def reduce(
     image_size: int,
     task: str,
     reduced: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ) -> str:
     """Spend fewer bits on every weight, towards the storage threshold.
@@ -34,6 +35,7 @@ def reduce(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         reduced: Package with smaller weights.
+        page: The story of the package so far.
         report: What the stage found.
 
     Returns:
@@ -41,7 +43,7 @@ def reduce(
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.reduce(
         Path(model.path),
@@ -56,5 +58,6 @@ def reduce(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, reduced)
+    reporting.write_html(Path(reduced.path), Path(page.path))
     return found["state"]

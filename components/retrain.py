@@ -19,6 +19,7 @@ def retrain(
     image_size: int,
     task: str,
     retrained: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
     """Win accuracy back in the compressed form, with the trained network as teacher.
@@ -36,11 +37,12 @@ def retrain(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         retrained: Package with retrained numbers.
+        page: The story of the package so far.
         report: What the stage found.
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.retrain(
         Path(model.path),
@@ -56,4 +58,5 @@ def retrain(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, retrained)
+    reporting.write_html(Path(retrained.path), Path(page.path))

@@ -23,6 +23,7 @@ def search(
     image_size: int,
     task: str,
     found: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ) -> str:
     """Find the smallest file that keeps the floor, where no size is given.
@@ -44,6 +45,7 @@ def search(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         found: Package with the smallest file, or the one that came.
+        page: The story of the package so far.
         report: What the stage found.
 
     Returns:
@@ -51,7 +53,7 @@ def search(
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     outcome = stages.search(
         Path(model.path),
@@ -71,5 +73,6 @@ def search(
         image_size=image_size,
         task=task,
     )
-    recording.record(outcome, report)
+    recording.record(outcome, report, found)
+    reporting.write_html(Path(found.path), Path(page.path))
     return outcome["state"]

@@ -16,6 +16,7 @@ def train(
     image_size: int,
     task: str,
     trained: dsl.Output[dsl.Model],
+    page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
     """Train the network that is to be compressed, or take it with its weights.
@@ -30,11 +31,12 @@ def train(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         trained: Package with the trained network.
+        page: The story of the package so far.
         report: What the stage found.
     """
     from pathlib import Path
 
-    from filterpress import recording, stages
+    from filterpress import recording, reporting, stages
 
     found = stages.train(
         Path(trained.path),
@@ -47,4 +49,5 @@ def train(
         image_size=image_size,
         task=task,
     )
-    recording.record(found, report)
+    recording.record(found, report, trained)
+    reporting.write_html(Path(trained.path), Path(page.path))

@@ -87,7 +87,7 @@ def test_a_row_that_does_nothing_has_a_finite_step():
 def test_finer_steps_damage_less_and_none_at_the_end(candidates):
     rates = Rates(candidates)
     thetas = [10.0**k for k in range(-12, 1)]
-    damages = [rates.allocate(theta).damage for theta in thetas]
+    damages = [rates.allocate(theta).total_damage for theta in thetas]
     assert damages[0] < 1e-6 * damages[-1]
     assert all(fine <= coarse * 1.05 for fine, coarse in itertools.pairwise(damages))
 
@@ -114,14 +114,16 @@ def test_the_allocation_is_the_best_of_all_combinations(candidates, theta):
 
     def cost(picked):
         parts = [alone[key] for key in picked]
-        return sum(p.damage for p in parts) + SLOPE * theta * sum(n_bytes_of(p) for p in parts)
+        return sum(p.total_damage for p in parts) + SLOPE * theta * sum(
+            n_bytes_of(p) for p in parts
+        )
 
     every = itertools.product(
         *[[(name, n) for n in range(len(found))] for name, found in candidates.items()]
     )
     best = min(every, key=cost)
     found = Rates(candidates).allocate(theta)
-    total = found.damage + SLOPE * theta * n_bytes_of(found)
+    total = found.total_damage + SLOPE * theta * n_bytes_of(found)
     assert total == pytest.approx(cost(best), rel=1e-4)
     for name, number in best:
         mine = SLOPE * theta * sum(found.n_bytes[name])
@@ -131,7 +133,7 @@ def test_the_allocation_is_the_best_of_all_combinations(candidates, theta):
 def test_options_of_fixed_bytes_compete_with_blocks():
     whole = options(nn.Conv2d(6, 12, 3), white(nn.Conv2d(6, 12, 3)))[0]
     alone = Rates({"layer": [whole]}).allocate(1e-3)
-    cost = alone.damage + SLOPE * 1e-3 * n_bytes_of(alone)
+    cost = alone.total_damage + SLOPE * 1e-3 * n_bytes_of(alone)
     for share in (0.99, 1.01):
         n_bytes = 0.5 * share * cost / (SLOPE * 1e-3)
         levels = Levels("codebook", 3, torch.arange(8.0))
@@ -139,7 +141,7 @@ def test_options_of_fixed_bytes_compete_with_blocks():
         found = Rates({"layer": [whole, fixed]}).allocate(1e-3)
         assert found.chosen["layer"].bits == (3 if share < 1 else 0)
         if share < 1:
-            assert found.damage == pytest.approx(fixed.damage)
+            assert found.damage == {"layer": pytest.approx(fixed.damage)}
             assert n_bytes_of(found) == pytest.approx(fixed.n_bytes)
 
 
@@ -299,6 +301,6 @@ def test_a_layer_that_nothing_depends_on_is_allocated_without_nan():
     layer = nn.Conv2d(8, 8, 3)
     dead = apart(torch.zeros(1, 72, 72), torch.zeros(8))
     allocation = Rates({"dead": options(layer, dead, max_groups=1)}).allocate(1e-3)
-    assert math.isfinite(allocation.damage)
+    assert math.isfinite(allocation.total_damage)
     assert math.isfinite(n_bytes_of(allocation))
-    assert allocation.damage == pytest.approx(0, abs=1e-6)
+    assert allocation.damage == {"dead": pytest.approx(0, abs=1e-6)}

@@ -95,6 +95,55 @@ def test_a_function_gains_a_flag_by_gaining_a_parameter():
     assert option.help == "Something new, told in two lines."
 
 
+def structured(*, labels: dict = {}, taints: list = [], left_out: int = 0):  # noqa: B006
+    """Run.
+
+    Args:
+        labels: Cluster: labels of nodes.
+        taints: Cluster: taints: those tolerated.
+        left_out: Nothing.
+    """
+
+
+def told_structured(*arguments):
+    given = []
+
+    @with_flags_of(structured, without=["left_out"], grouped=True)
+    def command(**arguments):
+        given.append(arguments)
+
+    small = typer.Typer()
+    small.command()(command)
+    return run_in_process(small, arguments), given, command
+
+
+def test_a_structured_parameter_is_json_on_the_command_line():
+    arguments = ["--labels", '{"pool": "gpu"}', "--taints", '[{"key": "gpu"}]']
+    _, given, _ = told_structured(*arguments)
+    assert given == [{"labels": {"pool": "gpu"}, "taints": [{"key": "gpu"}]}]
+    assert told_structured()[1] == [{"labels": {}, "taints": []}]
+
+
+@pytest.mark.parametrize("bad", [["--labels", "[]"], ["--labels", "{"], ["--taints", "{}"]])
+def test_json_of_another_kind_is_refused(bad):
+    result, given, _ = told_structured(*bad)
+    assert result.exit_code == 2
+    assert given == []
+    assert f"must be a JSON {'object' if bad[0] == '--labels' else 'list'}" in " ".join(
+        result.output.replace("│", " ").split()
+    )
+
+
+def test_flags_are_shown_in_the_group_that_their_help_begins_with():
+    _, _, command = told_structured()
+    parameters = inspect.signature(command).parameters
+    (labels,) = parameters["labels"].annotation.__metadata__
+    (taints,) = parameters["taints"].annotation.__metadata__
+    assert (labels.rich_help_panel, labels.help) == ("Cluster", "labels of nodes.")
+    assert (taints.rich_help_panel, taints.help) == ("Cluster", "taints: those tolerated.")
+    assert "left_out" not in parameters
+
+
 def test_a_value_may_start_with_a_minus():
     given = []
 

@@ -194,7 +194,7 @@ def test_a_group_is_folded_where_that_pays_and_as_a_whole(network):
 
     def cost(allocation):
         n_bytes = allocation.total_bytes
-        return allocation.damage + SLOPE * 1e-1 * n_bytes
+        return allocation.total_damage + SLOPE * 1e-1 * n_bytes
 
     assert cost(coarse) < cost(Rates(alone).allocate(1e-1))
 

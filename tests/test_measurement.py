@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from filterpress import codec, measurement
+from filterpress.data import Arrays, DataSet
 from filterpress.errors import BitstreamError
 from filterpress.package import Package, encode
 from filterpress.representations import Projected, like, quantize_
 from filterpress.surgery import layers
+from filterpress.tasks import ImageClassification
 from tests import networks
 
 
@@ -168,3 +170,57 @@ def test_weights_that_belong_to_no_layer_come_last():
     source = Package(network=network, model="", input_shape=networks.SHAPE, n_classes=4)
     rows = measurement.layer_rows(encode(source, network), network)
     assert [row["name"] for row in rows] == ["layer", "scale"]
+
+
+def classification(predict):
+    """Images whose labels are what a network says, but for three of the test set."""
+    sets = {}
+    for seed, split in enumerate(("train", "validation", "test")):
+        images = (networks.images(30, seed) * 40 + 128).clamp(0, 255).byte()
+        sets[split] = Arrays(images, torch.zeros(30, dtype=torch.int64))
+    labels = tuple(f"class {k}" for k in range(networks.CLASSES))
+    task = ImageClassification(
+        data=DataSet(**sets, classes=labels),
+        mean=torch.full((2, 1, 1), 128.0),
+        std=torch.full((2, 1, 1), 40.0),
+        shift=1,
+        flip=False,
+    )
+    for split, arrays in sets.items():
+        ((images, _),) = task.batches(split, 30)
+        arrays.labels.copy_(predict(images).argmax(1))
+    sets["test"].labels[:3] = (sets["test"].labels[:3] + 1) % networks.CLASSES
+    return task
+
+
+def test_what_is_taken_for_what_is_counted_on_the_test_set(source, network):
+    encoded = encode(source, network)
+    task = classification(measurement.runner(encoded))
+    measured = measurement.measure(encoded, task)
+    counts = torch.tensor(measured["confusion"]["counts"])
+    assert measured["confusion"]["classes"] == list(task.data.classes)
+    assert (
+        counts.sum(1).tolist()
+        == torch.bincount(task.data.test.labels, minlength=networks.CLASSES).tolist()
+    )
+    assert int(counts.sum() - counts.diagonal().sum()) == 3
+    assert measured["accuracy"] == 27 / 30
+    assert measured["validation_accuracy"] == 1.0
+
+
+def test_a_class_made_of_the_built_in_one_is_scored_by_its_own_rule_alone(source, network):
+    class Strict(ImageClassification):
+        def score(self, predict, split):
+            return 0.25
+
+    built_in = classification(network.eval())
+    own = Strict(data=built_in.data, mean=built_in.mean, std=built_in.std, shift=1, flip=False)
+    measured = measurement.measure(encode(source, network), own)
+    assert measured["accuracy"] == 0.25
+    assert "confusion" not in measured
+
+
+def test_many_classes_are_not_tabulated(source, network, monkeypatch):
+    monkeypatch.setattr(measurement, "SHOWN_CLASSES", networks.CLASSES - 1)
+    task = classification(network.eval())
+    assert "confusion" not in measurement.measure(encode(source, network), task)

@@ -208,7 +208,11 @@ def layer_changes(history):
 
 def test_a_layer_says_what_was_done_to_it_by_all_stages_until_it_was_measured():
     assert layer_changes(HISTORY) == CHANGES
-    assert layer_changes([*HISTORY, stage("cluster", 7_000, 0.9, layers=MERGED)]) == CHANGES
+    told = layer_changes([*HISTORY, stage("cluster", 7_000, 0.9, layers=MERGED)])
+    assert told == CHANGES | {
+        "blocks.0.conv1": "1 filter removed, 6 filters merged",
+        "blocks.1.conv1": "16 filters merged",
+    }
 
 
 def test_a_search_shows_every_size_tried_and_marks_the_one_it_kept():
@@ -245,13 +249,78 @@ def test_layers_are_told_as_planned_until_they_are_measured():
     assert told["blocks.0.conv1"] == "1 filter removed, 2 filters merged, projected to rank 7"
 
 
-def test_without_bytes_there_is_no_table_of_layers():
-    assert layer_changes(HISTORY[:3]) == {}
+def test_before_any_layer_has_bytes_the_table_says_what_was_changed():
+    assert layer_changes(HISTORY[:3]) == {
+        "blocks.0.conv1": "1 filter removed, 2 filters merged",
+        "blocks.1.conv1": "8 filters merged",
+    }
+    assert layer_changes(HISTORY[:1]) == {}
 
 
 @pytest.mark.parametrize("model", [{}, {"history": []}, {"history": [3]}, {"baseline": 3}])
 def test_an_empty_story_says_that_nothing_was_evaluated(model):
     assert "Not evaluated yet." in Outline(reporting.render(model)).text
+
+
+def bars(page, kind):
+    found = re.findall(rf'<td class="{kind}">(?:<i style="width:([\d.]+)%"></i>)?</td>', page)
+    return [float(width or 0) for width in found]
+
+
+def test_the_error_of_a_layer_is_what_the_last_reduction_expected():
+    def reduced(**errors):
+        layers = [{"name": name, "distortion": error} for name, error in errors.items()]
+        return stage("reduce", 9_000, None, layers=layers)
+
+    page = reporting.render(
+        {"history": [reduced(stem=9.0), reduced(stem=0.1, head=0.4), HISTORY[-1]]}
+    )
+    shares = dict(zip([entry["name"] for entry in LAYERS], bars(page, "bar error"), strict=True))
+    assert shares == dict.fromkeys(shares, 0) | {"stem": 25, "head": 100}
+    assert "1.0e-01" in page
+    assert bars(reporting.render(MODEL), "bar error") == []
+
+
+CONFUSION = {"classes": ["cat", "dog"], "counts": [[3, 1], [0, 4]]}
+
+
+def test_what_was_taken_for_what_is_a_table_with_a_row_a_label():
+    story = [
+        evaluated("next", 9_000, 0.9, 0.9, confusion={**CONFUSION, "counts": [[9, 9], [9, 9]]})
+    ]
+    story.append(evaluated("publish", 7_000, 0.9, 0.9, confusion=CONFUSION))
+    page = reporting.render({"history": story})
+    section = page[page.index("Confusion on the test set") : page.index("<h2>Layers")]
+    rows = re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', section)
+    numbers = {name: re.findall(r"<td [^>]*>(\d*)</td>", cells) for name, cells in rows}
+    assert numbers == {"cat": ["3", "1"], "dog": ["", "4"]}
+    assert "--share:0.750" in section
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [3, {}, {"classes": ["a"]}, CONFUSION | {"counts": [[1], [2]]}, CONFUSION | {"classes": 1}],
+)
+def test_odd_counts_are_left_out(odd):
+    page = reporting.render({"history": [evaluated("publish", 9, 0.9, 0.9, confusion=odd)]})
+    assert "Confusion" not in page
+
+
+def test_the_page_of_a_stage_on_the_way_says_what_it_did_and_judges_nothing():
+    page = reporting.render({"history": HISTORY[:8]})
+    outline = Outline(page)
+    assert ("h1", "class", "plain") in outline.attributes
+    assert "After retrain, round 1: 7,388 bytes, 12.9 times smaller." in outline.text
+    assert "within the budget" in "".join(outline.text)  # thresholds of the evaluation before
+
+
+@pytest.mark.parametrize(("good", "tone"), [(True, "good"), (False, "open")])
+def test_the_end_of_a_run_is_told_first_and_then_its_release(good, tone):
+    end = reporting.End("Published <3>.", good, {"Target": "small/3.fpk", "Odd": None})
+    outline = Outline(reporting.render(MODEL, end))
+    assert ("h1", "class", tone) in outline.attributes
+    assert "Published <3>." in outline.text
+    assert {"Release", "Target", "small/3.fpk"} <= set(outline.text)
 
 
 def test_the_longest_bar_belongs_to_the_largest_layer():
@@ -268,7 +337,7 @@ def test_the_longest_bar_belongs_to_the_largest_layer():
         ("publish", "Both thresholds hold"),
         ("give-up", "Given up: not accurate enough"),
         ("too-big", "Over the size budget"),
-        (None, "Not evaluated yet"),
+        (None, "After evaluate"),
     ],
 )
 def test_the_verdict_follows_the_decision(decision, outcome):

@@ -7,6 +7,7 @@ import io
 import stat
 import tarfile
 import threading
+import time
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -236,3 +237,15 @@ def test_bytes_that_were_damaged_on_the_way_are_refused(answers):
     with pytest.raises(ScratchError, match=r"name: Checksum mismatch while downloading$") as caught:
         open_scratch("gs://bucket/x").read("name")
     assert "\n" not in str(caught.value)
+
+
+def test_the_newest_name_with_an_ending_is_found_wherever_it_is(uri):
+    opened = open_scratch(uri)
+    assert opened.newest("model.json") is None
+    for name in ("b/model.json", "a/deep/model.json", "a/other.json", "model.json.old"):
+        opened.write(name, b"{}")
+        time.sleep(0.01)  # of a clock that counts milliseconds
+    assert opened.newest("model.json") == "a/deep/model.json"
+    assert opened.newest("b/model.json") == "b/model.json"
+    opened.write("b/model.json", b"[]")
+    assert opened.newest("model.json") == "b/model.json"

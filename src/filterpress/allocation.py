@@ -95,7 +95,12 @@ class Allocation(NamedTuple):
     theta: float
     chosen: dict[str, Option]
     n_bytes: dict[str, tuple[float, ...]]  # of each layer's blocks, or of it as a whole
-    damage: float
+    damage: dict[str, float]  # of each layer
+
+    @property
+    def total_damage(self) -> float:
+        """Damage of all layers."""
+        return sum(self.damage.values())
 
     @property
     def total_bytes(self) -> float:
@@ -293,7 +298,7 @@ class Rates:
                 or (self.options[number].n_bytes,)
                 for name, number in best.items()
             },
-            float(total_damage[list(best.values())].sum()),
+            {name: float(total_damage[number]) for name, number in best.items()},
         )
 
     def _cheapest(self, cost: Tensor) -> dict[str, int]:

@@ -80,6 +80,11 @@ class Bucket:
         """Return the object of a name with what the bucket knows of it, None if there is none."""
         return self._bucket.get_blob(self._prefix + name)
 
+    def blobs(self) -> Iterator[tuple[str, storage.Blob]]:
+        """Yield each name with its object."""
+        for blob in self._bucket.list_blobs(prefix=self._prefix):
+            yield blob.name.removeprefix(self._prefix), blob
+
     @contextmanager
     def reported(self, verb: str, name: str) -> Iterator[None]:
         """Turn what goes wrong in the block into one line.

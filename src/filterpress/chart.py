@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 34, 46  # margins around the axes
+LEFT, RIGHT, TOP, BOTTOM = 76, 18, 34, 46  # margins around the axes
 
 
 Place = tuple[int, int]  # x, y

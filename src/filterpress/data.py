@@ -99,8 +99,7 @@ def load_data(
         >>> [len(labels) for _, labels in digits[:3]]
         [1079, 359, 359]
     """
-    if image_size < 0:
-        raise ValueError(f"image_size must be 0 or positive, got {image_size}")
+    check_source(data, image_size)
     name, _, location = data.partition(":")
     root = Path(data_dir).expanduser() if data_dir else _cache()
     if name == "image-folder" and location:
@@ -112,13 +111,28 @@ def load_data(
         )
         return _checked(data, _read_folder(folder, size, progress))
     readers = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar10}
-    if data not in readers:
-        raise ValueError(f"data must be one of {', '.join(SOURCES)}, got {data!r}")
     found = _checked(data, readers[data](root))
     if not image_size:
         return found
     train, validation, test = (_resize(arrays, image_size) for arrays in found[:3])
     return DataSet(train, validation, test, found.classes)
+
+
+def check_source(data: str, image_size: int) -> None:
+    """Refuse a source that there is not, before anything is read.
+
+    Args:
+        data: Source of the images.
+        image_size: Height and width in pixels; 0 for the source's own.
+
+    Raises:
+        ValueError: There is no such source, or the image size is negative.
+    """
+    if image_size < 0:
+        raise ValueError(f"image_size must be 0 or positive, got {image_size}")
+    kind, _, location = data.partition(":")
+    if data not in SOURCES[:3] and not (kind == "image-folder" and location):
+        raise ValueError(f"data must be one of {', '.join(SOURCES)}, got {data!r}")
 
 
 def split_indices(

@@ -6,9 +6,11 @@ its signature, the help from the ``Args`` of its docstring.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -22,11 +24,15 @@ _ARGS = re.compile(r"^Args:\n(?P<body>(?:[ ]+.*\n|\n)*)", re.MULTILINE)
 _ARG = re.compile(r"^    (?P<name>\w+): (?P<help>.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
-def with_flags_of(function: Callable[..., Any]) -> Callable[[F], F]:
+def with_flags_of(
+    function: Callable[..., Any], *, without: Collection[str] = (), grouped: bool = False
+) -> Callable[[F], F]:
     """Give a command one flag for each parameter of a function.
 
     Args:
         function: Function that the command calls; a parameter without a default is a required flag.
+        without: Parameters that get none.
+        grouped: Whether the help of each begins with the group it is shown in, as in ``Data: …``.
 
     Returns:
         Decorator of a command that takes the values as keyword arguments, beside its own flags.
@@ -43,6 +49,7 @@ def with_flags_of(function: Callable[..., Any]) -> Callable[[F], F]:
         >>> list(inspect.signature(command).parameters)
         ['max_size', 'json']
     """
+    flags = [flag for flag in _flags(function, grouped) if flag.name not in without]
 
     def decorate(command: F) -> F:
         own = [
@@ -50,7 +57,7 @@ def with_flags_of(function: Callable[..., Any]) -> Callable[[F], F]:
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]
-        command.__signature__ = inspect.Signature(_flags(function) + own)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(flags + own)  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -74,18 +81,36 @@ def help_of(function: Callable[..., Any]) -> dict[str, str]:
     return {arg["name"]: " ".join(arg["help"].split()) for arg in found}
 
 
-def _flags(function: Callable[..., Any]) -> list[inspect.Parameter]:
+def _flags(function: Callable[..., Any], grouped: bool) -> list[inspect.Parameter]:
     """Make a keyword-only parameter that typer understands of each parameter."""
-    texts = help_of(function)
-    return [
-        parameter.replace(
-            kind=parameter.KEYWORD_ONLY,
-            annotation=Annotated[
-                _one_type(parameter.annotation), typer.Option(help=texts.get(parameter.name, ""))
-            ],
+    texts, flags = help_of(function), []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        text = texts.get(parameter.name, "")
+        group, _, text = text.partition(": ") if grouped else ("", "", text)
+        kind: Any = _one_type(parameter.annotation)
+        default = parameter.default
+        option: dict[str, Any] = {"help": text, "rich_help_panel": group or None}
+        if kind in (dict, list):
+            option |= {"parser": _parser(kind), "metavar": "JSON"}
+            default = json.dumps(default)
+        annotation = Annotated[kind, typer.Option(**option)]
+        flags.append(
+            parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )
-        for parameter in inspect.signature(function, eval_str=True).parameters.values()
-    ]
+    return flags
+
+
+def _parser(kind: type) -> Callable[[str], Any]:
+    """Make what reads a JSON object or list."""
+    name = "object" if kind is dict else "list"
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(text), kind):
+                return value
+        raise typer.BadParameter(f"must be a JSON {name}, got {text!r}")
+
+    return parse
 
 
 def _one_type(annotation: Any) -> Any:

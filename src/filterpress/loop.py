@@ -6,6 +6,7 @@ that was killed goes on after the last finished stage when it is started again.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from filterpress import files, stages
-from filterpress.budget import SMALLEST, Budget, check_spelling
+from filterpress.budget import SMALLEST
 from filterpress.errors import PackageError
+from filterpress.reporting import write_html
 from filterpress.stages.rounds import Run, one_round
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ def compress(
         ValueError: An argument breaks its rule.
     """
     given = {key: value for key, value in locals().items() if key != "out"}
-    _check(given)
+    known = inspect.signature(stages.check).parameters
+    stages.check(**{key: value for key, value in given.items() if key in known})
     run = Run(Path(out), given | {"store": store or str(Path(out) / "release")})
     _open(run.out, given)
     try:
@@ -116,31 +119,16 @@ def _finish(run: Run, last: Path, decision: str) -> Report:
     page = run.out / "report.html"
     goal = {key: run.given[key] for key in ("max_size", "min_accuracy")}
     report: Report = json.loads((last / "report.json").read_text()) | {"decision": decision}
+    write_html(last, page)
     if decision != "publish":
-        try:
-            stages.give_up(last, html=page, **goal)
-        finally:
-            _write(run.out / "report.json", report)
-    receipt, _ = run.step("publish", stages.publish, last, html=page)
+        _write(run.out / "report.json", report)
+        stages.give_up(last, **goal)
+    receipt, _ = run.step("publish", stages.publish, last)
     report |= json.loads((receipt / "report.json").read_text())
     report |= {"release": report["store"], "package": str(last), "html": str(page)}
     files.write(run.out / stages.ENCODED, (last / stages.ENCODED).read_bytes())
     _write(run.out / "report.json", report)
     return report
-
-
-def _check(given: Report) -> None:
-    """Refuse at once what a stage would refuse after hours."""
-    check_spelling(given["max_size"], given["min_accuracy"])
-    Budget(
-        max_bytes=1,
-        min_accuracy=0,
-        max_rounds=given["max_rounds"],
-        max_retrains=given["max_retrains"],
-    )
-    if given["size_tries"] < 1:
-        raise ValueError(f"size_tries must be at least 1, got {given['size_tries']}")
-    stages.check_configs(**{k: v for k, v in given.items() if k.endswith("_config")})
 
 
 def _open(out: Path, given: Report) -> None:

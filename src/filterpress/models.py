@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def build(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = _build(model, input_shape, n_classes)
+        network = find(model)(input_shape, n_classes)
     if not isinstance(network, nn.Module):
         raise ModelError(f"{model} must return a torch.nn.Module, got {type(network).__name__}")
     if bound := [n for n, m in network.named_modules() if parametrize.is_parametrized(m)]:
@@ -66,16 +67,34 @@ def build(
     return network.train()
 
 
-def _build(model: str, input_shape: tuple[int, int, int], n_classes: int) -> Any:
+def find(model: str) -> Callable[[tuple[int, int, int], int], Any]:
+    """Find what builds a network, without building it.
+
+    Args:
+        model: A name that this module's documentation lists.
+
+    Returns:
+        A function of the input shape and the number of classes.
+
+    Raises:
+        ValueError: There is no such network.
+    """
     if model in _RESIDUAL:
-        widths, depth = _RESIDUAL[model]
-        return ResidualNet(input_shape[0], widths, depth, n_classes)
+        return partial(_residual, *_RESIDUAL[model])
     if ":" not in model:
         known = ", ".join([*_RESIDUAL, "torchvision:NAME", "package.module:function"])
         raise ValueError(f"model must be one of {known}, got {model!r}")
     if model.startswith(_TORCHVISION):
-        return _torchvision_classifier(model, input_shape[0], n_classes)
-    function = load_function("model", model)
+        return _torchvision_classifier(model)
+    return partial(_users_own, model, load_function("model", model))
+
+
+def _users_own(
+    model: str,
+    function: Callable[..., Any],
+    input_shape: tuple[int, int, int],
+    n_classes: int,
+) -> Any:
     try:
         return function(input_shape, n_classes)
     except Exception as error:
@@ -97,6 +116,12 @@ def _check_shapes(
     if not isinstance(outputs, Tensor) or outputs.shape != (2, n_classes):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ModelError(f"{model} must give outputs of shape (2, {n_classes}), got {got}")
+
+
+def _residual(
+    widths: Sequence[int], depth: int, input_shape: tuple[int, int, int], n_classes: int
+) -> nn.Module:
+    return ResidualNet(input_shape[0], widths, depth, n_classes)
 
 
 class ResidualNet(nn.Module):
@@ -143,7 +168,7 @@ def _convolution(in_channels: int, out_channels: int, size: int, stride: int = 1
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
-def _torchvision_classifier(model: str, in_channels: int, n_classes: int) -> nn.Module:
+def _torchvision_classifier(model: str) -> Callable[[tuple[int, int, int], int], nn.Module]:
     from filterpress._torchvision import torchvision  # slow to import
 
     models, name = torchvision.models, model.removeprefix(_TORCHVISION)
@@ -153,10 +178,14 @@ def _torchvision_classifier(model: str, in_channels: int, n_classes: int) -> nn.
     # The extra heads of the two Inception networks serve training only.
     inception = name in ("googlenet", "inception_v3")
     options = {"aux_logits": False, "init_weights": True} if inception else {}
-    network: nn.Module = models.get_model(name, weights=None, num_classes=n_classes, **options)
-    if in_channels != 3:
-        _adapt_first_convolution(network, in_channels)
-    return network
+
+    def classifier(input_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
+        network: nn.Module = models.get_model(name, weights=None, num_classes=n_classes, **options)
+        if input_shape[0] != 3:
+            _adapt_first_convolution(network, input_shape[0])
+        return network
+
+    return classifier
 
 
 def _adapt_first_convolution(network: nn.Module, in_channels: int) -> None:

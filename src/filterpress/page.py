@@ -10,7 +10,7 @@ from typing import Any
 Report = Mapping[str, Any]
 
 NUMERIC = {"#", "Bytes", "Ratio", "Validation", "Test", "Parameters", "Multiply-adds"}
-NUMERIC |= {"Bits a weight", "Retrains"}
+NUMERIC |= {"Bits a weight", "Error", "Retrains"}
 RIGHT = ' class="n"'
 
 

@@ -8,21 +8,21 @@ leniently: what a stage did not say is left out.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
-from filterpress import chart, files, page
+from filterpress import chart, files, layer_table, page
 from filterpress.errors import PackageError
 from filterpress.page import Report
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
-_SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", "layers", "tries", *_COLUMNS}
-_FATES = ("removed", "merged")  # of filters
+_SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", *_COLUMNS}
+_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion"}
+_THRESHOLDS = ("max_bytes", "min_accuracy")
 _OUTCOMES = {
     "publish": "Both thresholds hold",
     "retrain": "Not accurate enough yet",
@@ -30,6 +30,14 @@ _OUTCOMES = {
     "give-up": "Given up: not accurate enough",
     "too-big": "Over the size budget",
 }
+
+
+class End(NamedTuple):
+    """How a run ended, where there is more to say than the last stage knows."""
+
+    verdict: str
+    good: bool
+    facts: Mapping[str, object] = {}  # of the release
 
 
 def write_html(package: Path, out: Path) -> None:
@@ -52,11 +60,12 @@ def write_html(package: Path, out: Path) -> None:
     files.write(out, render(model).encode())
 
 
-def render(model: Report) -> str:
+def render(model: Report, end: End | None = None) -> str:
     """Make the page of a ``model.json``.
 
     Args:
         model: The object in ``model.json``; the page is made of its ``history`` and ``baseline``.
+        end: How the run ended; without it the page says what the last stage did.
 
     Returns:
         One HTML document that refers to nothing outside itself.
@@ -72,28 +81,32 @@ def render(model: Report) -> str:
     return frame.substitute(
         title=escape(f"filterpress: {model.get('model', 'network')}"),
         network=escape(_network(model)),
-        outcome="good" if final.get("decision") == "publish" else "open",
-        verdict=escape(verdict(final)),
+        outcome=_tone(final, end),
+        verdict=escape(end.verdict if end else verdict(final)),
         cards="".join(_card(*card) for card in _cards(final)),
+        release=_release_section(end.facts if end else {}),
         chart=_chart_section(history, final),
         search=_search_section(history, final),
-        layers=_layers_section(history),
+        confusion=_confusion_section(history),
+        layers=layer_table.section(history),
         stages=_stages_section(history),
     )
 
 
-def verdict(report: Report) -> str:
+def verdict(report: Report, outcome: str = "") -> str:
     """Say in one line how a run ended.
 
     Args:
-        report: Report of ``evaluate`` or ``compress``.
+        report: Report of a stage or of ``compress``.
+        outcome: What it came to; without it what its decision means.
 
     Example:
         >>> verdict({"decision": "publish", "n_bytes": 8000, "ratio": 12.0, "accuracy": 0.95,
         ...          "baseline_accuracy": 0.955})
         'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % accurate (-0.50 points).'
     """
-    outcome = _OUTCOMES.get(str(report.get("decision", "")), "Not evaluated yet")
+    done = f"After {_name(report)}" if report.get("stage") else "Not evaluated yet"
+    outcome = outcome or _OUTCOMES.get(str(report.get("decision", "")), done)
     n_bytes, ratio = page.number(report, "n_bytes"), _ratio(report)
     accuracy = page.number(report, "accuracy")
     facts = [
@@ -152,10 +165,22 @@ def _change(report: Report) -> str:
     return f" ({100 * (accuracy - baseline):+.2f} points)"
 
 
+def _tone(final: Report, end: End | None) -> str:
+    """Choose how the verdict looks: a stage on the way is neither good nor bad."""
+    if end:
+        return "good" if end.good else "open"
+    if not final.get("decision"):
+        return "plain"
+    return "good" if final["decision"] == "publish" else "open"
+
+
 def _final(model: Report, history: Sequence[Report]) -> dict[str, Any]:
-    """Take the last report with a decision, else the last one, and add the baseline's numbers."""
-    decided = [entry for entry in history if entry.get("decision")]
-    final = dict((decided or history or [{}])[-1])
+    """Take the last report; add the thresholds of those before, and the baseline's numbers."""
+    final: dict[str, Any] = dict((history or [{}])[-1])
+    for entry in reversed(history):
+        for key in _THRESHOLDS:
+            if final.get(key) is None and key in entry:
+                final[key] = entry[key]
     baseline = model.get("baseline")
     if isinstance(baseline, Mapping):
         for key, value in baseline.items():
@@ -211,7 +236,7 @@ def _chart_section(history: Sequence[Report], final: Report) -> str:
             if (n_bytes := page.positive(entry, "n_bytes")) is not None
             if (accuracy := page.fraction(entry, key)) is not None
         ]
-        if points:
+        if len(points) > 1:
             max_bytes = page.positive(final, "max_bytes")
             min_accuracy = page.fraction(final, "min_accuracy")
             drawing = chart.draw(
@@ -261,6 +286,41 @@ def _try_row(number: int, entry: Report) -> str:
     return f'<tr><td class="n">{number}</td><td>{escape(outcome)}</td>{page.cells(numbers)}</tr>'
 
 
+def _release_section(facts: Mapping[str, object]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(page.text(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return page.section("Release", page.table("", rows)) if rows else ""
+
+
+def _confusion_section(history: Sequence[Report]) -> str:
+    """Tabulate the last counts of what was taken for what, darker where there are more."""
+    found = [c for entry in history if isinstance(c := entry.get("confusion"), Mapping)]
+    classes = [page.text(name) for name in page.entries(found[-1].get("classes"))] if found else []
+    counts = [page.entries(row) for row in page.entries(found[-1].get("counts"))] if found else []
+    if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(_confused(row, column, column == number) for column in range(len(row)))
+        + "</tr>"
+        for number, (name, row) in enumerate(zip(classes, counts, strict=True))
+    )
+    head = page.head("label, taken for") + "".join(
+        f'<th scope="col" class="n">{escape(name)}</th>' for name in classes
+    )
+    return page.section("Confusion on the test set", page.table(head, rows))
+
+
+def _confused(row: Sequence[object], column: int, right: bool) -> str:
+    numbers = [value if isinstance(value, int) else 0 for value in row]
+    share = numbers[column] / max(1, sum(numbers))
+    kind = "right" if right else "wrong"
+    style = f' style="--share:{share:.3f}"' if share > 0 else ""
+    return f'<td class="n {kind}"{style}>{numbers[column] or ""}</td>'
+
+
 def _stages_section(history: Sequence[Report]) -> str:
     if not history:
         return ""
@@ -298,75 +358,3 @@ def _more(entry: Report) -> str:
         for key, value in rest.items()
     )
     return f"<details><summary>{len(rest)} values</summary><dl>{lines}</dl></details>"
-
-
-def _layers_section(history: Sequence[Report]) -> str:
-    """Tabulate the layers as they were last measured, with what was done to each until then."""
-    measured = [
-        number
-        for number, entry in enumerate(history)
-        if any(page.number(layer, "n_bytes") is not None for layer in _layers(entry))
-    ]
-    if not measured:
-        return ""
-    layers = _layers(history[measured[-1]])
-    cut = _filters_cut(history[: measured[-1]])
-    widths = _widths(history[: measured[-1] + 1])
-    largest = max(page.number(layer, "n_bytes") or 0 for layer in layers)
-    rows = "".join(_layer_row(layer, largest, _changes(layer, cut, widths)) for layer in layers)
-    head = page.head("Layer", "Bytes", "", "Bits a weight", "Changes", "Shape")
-    return page.section("Layers", page.table(head, rows))
-
-
-def _layers(entry: Report) -> list[Report]:
-    return [layer for layer in page.entries(entry.get("layers")) if isinstance(layer, Mapping)]
-
-
-def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
-    """Count the filters that each layer lost, by its name and by what became of them."""
-    cut: Counter[tuple[str, str]] = Counter()
-    for entry in history:
-        for layer in _layers(entry):
-            for fate in _FATES:
-                cut[page.text(layer.get("name")), fate] += round(page.number(layer, fate) or 0)
-    return cut
-
-
-def _widths(history: Sequence[Report]) -> dict[str, float]:
-    """Return the bits before coding of each layer that the last ``reduce`` gave a width."""
-    reduced = [entry for entry in history if entry.get("stage") == "reduce"]
-    layers = _layers(reduced[-1]) if reduced else []
-    return {
-        page.text(e.get("name")): bits
-        for e in layers
-        if (bits := page.positive(e, "bits")) is not None
-    }
-
-
-def _changes(layer: Report, cut: Mapping[tuple[str, str], int], widths: Mapping[str, float]) -> str:
-    name = page.text(layer.get("name"))
-    changes = [
-        f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
-        for fate in _FATES
-        if (lost := cut[name, fate]) > 0
-    ]
-    rank, groups = page.positive(layer, "rank"), page.positive(layer, "groups")
-    if rank is not None:
-        parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
-        changes.append(f"projected to rank {rank:.0f}{parts}")
-    if name in widths:
-        changes.append(f"rounded to {widths[name]:.0f} bit{'' if widths[name] == 1 else 's'}")
-    return ", ".join(changes)
-
-
-def _layer_row(layer: Report, largest: float, changes: str) -> str:
-    n_bytes, bits = page.number(layer, "n_bytes"), page.number(layer, "bits_per_weight")
-    share = 100 * (n_bytes or 0) / largest if largest > 0 else 0
-    shape = " x ".join(map(str, page.entries(layer.get("shape"))))
-    return (
-        f'<tr><th scope="row">{escape(page.text(layer.get("name")))}</th>'
-        f"{page.cells([page.count(n_bytes)])}"
-        f'<td class="bar"><i style="width:{max(0.0, share):.1f}%"></i></td>'
-        f"{page.cells(['' if bits is None else f'{bits:.2f}'])}"
-        f"<td>{escape(changes)}</td><td>{escape(shape)}</td></tr>"
-    )

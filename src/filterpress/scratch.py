@@ -135,6 +135,20 @@ class Scratch(ABC):
         """
 
     @abstractmethod
+    def newest(self, ending: str) -> str | None:
+        """Find the name written last among those with an ending.
+
+        Args:
+            ending: Last segments of the name.
+
+        Returns:
+            The name, None if there is none.
+
+        Raises:
+            ScratchError: The place cannot be read.
+        """
+
+    @abstractmethod
     def _writing(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """Give a file that becomes what the name holds when the block ends well."""
 
@@ -154,6 +168,12 @@ class DirectoryScratch(Scratch):
         """Remove a name, if there is one; see `Scratch`."""
         with self._reported("delete", name):
             (self._path / name).unlink(missing_ok=True)
+
+    def newest(self, ending: str) -> str | None:
+        """Find the name written last among those with an ending; see `Scratch`."""
+        with self._reported("read", "."):
+            found = [(path.stat().st_mtime_ns, path) for path in self._path.rglob(ending)]
+        return max(found)[1].relative_to(self._path).as_posix() if found else None
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[IO[bytes]]:
@@ -193,6 +213,16 @@ class BucketScratch(Scratch):
 
         with self._bucket.reported("delete", name), suppress(NotFound):
             self._bucket.blob(name).delete()
+
+    def newest(self, ending: str) -> str | None:
+        """Find the name written last among those with an ending; see `Scratch`."""
+        with self._bucket.reported("read", ""):
+            found = [
+                (blob.updated, name)
+                for name, blob in self._bucket.blobs()
+                if f"/{name}".endswith(f"/{ending}")
+            ]
+        return max(found)[1] if found else None
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[IO[bytes]]:

@@ -139,8 +139,7 @@ class ImageClassification:
 
     def score(self, predict: Predict, split: Split) -> float:
         """Return the top-1 accuracy, the exact fraction."""
-        hits = int(self.confusion(predict, split).diagonal().sum())
-        return hits / self.size(split)
+        return share_right(self.confusion(predict, split))
 
     def confusion(self, predict: Predict, split: Split) -> Tensor:
         """Count the images of each class that were taken for each class.
@@ -163,6 +162,16 @@ class ImageClassification:
             raise ValueError(f"split must be train, validation or test, got {split!r}")
         found: Arrays = getattr(self.data, split)
         return found
+
+
+def share_right(confusion: Tensor) -> float:
+    """Return the top-1 accuracy of counts that `ImageClassification.confusion` made.
+
+    Example:
+        >>> share_right(torch.tensor([[3, 1], [0, 4]]))
+        0.875
+    """
+    return int(confusion.diagonal().sum()) / int(confusion.sum())
 
 
 def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from filterpress import progress
 from filterpress.errors import BudgetError, FilterpressError
 from filterpress.reporting import summary_rows, verdict
 
+_ON_THE_PAGE = ("layers", "confusion")
 #: Exit codes besides 0.
 NOT_MET, FAILED, INTERRUPTED = 1, 2, 130
 
@@ -78,7 +79,7 @@ def show(report: Mapping[str, Any], as_json: bool) -> None:
         output.print(verdict(report))
         rows = summary_rows(report)
     else:
-        rows = [(key, str(value)) for key, value in report.items() if key != "layers"]
+        rows = [(key, str(value)) for key, value in report.items() if key not in _ON_THE_PAGE]
     for row in rows:
         table.add_row(*row)
     output.print(table)

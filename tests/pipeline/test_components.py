@@ -11,8 +11,18 @@ import components
 from filterpress import stages
 from filterpress.flags import help_of
 
-STAGES = ["train", "prune", "search", "cluster", "reduce", "evaluate", "retrain", "publish"]
-STAGES += ["give_up"]
+STAGES = [
+    "check",
+    "train",
+    "prune",
+    "search",
+    "cluster",
+    "reduce",
+    "evaluate",
+    "retrain",
+    "publish",
+]
+STAGES += ["give_up", "report"]
 FOLDER = Path(components.__file__).parent
 DECISIONS = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.BoolOp, ast.Match, ast.Compare)
 ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign)
@@ -60,7 +70,7 @@ def test_a_component_imports_only_inside_of_its_body_what_its_container_must_hav
     imported = [
         ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    assert imported == ["from kfp import dsl", "from components import stage"]
+    assert set(imported) <= {"from kfp import dsl", "from components import stage"}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -87,6 +97,13 @@ def test_a_component_says_what_each_of_its_parameters_is(name):
 def test_a_component_has_no_default_because_the_pipeline_has_them(name):
     parameters = inspect.signature(component(name).python_func).parameters.values()
     assert [p.name for p in parameters if p.default is not p.empty] == []
+
+
+@pytest.mark.parametrize("name", set(STAGES) - {"check"})
+def test_a_component_leaves_a_page_for_the_ui(name):
+    kinds = inspect.signature(component(name).python_func).parameters
+    assert kinds["page"].annotation == dsl.Output[dsl.HTML]
+    assert ("report" in kinds) == (name not in {"give_up", "report"})  # its metrics
 
 
 def test_only_the_deciding_components_return_a_value_and_it_is_one_string():

@@ -54,7 +54,9 @@ def clean():
         use(data=data).set_caching_options(False)
 
     @dsl.pipeline(name="clean")
-    def outer(flag: str = "a"):
+    def outer(flag: str = "a", memory: str = "4Gi", kind: str = "nvidia.com/gpu"):
+        asks = decide(flag=flag).set_memory_limit(memory).set_accelerator_type(kind)
+        asks.set_accelerator_limit(1)
         with dsl.ExitHandler(on_exit().set_caching_options(False)), dsl.If(flag == "a"):
             decide(flag=flag)
         decided = decide(flag=flag)
@@ -150,7 +152,7 @@ def cached_end():
 def many_steps():
     @dsl.pipeline(name="bad")
     def bad():
-        for _ in range(250):
+        for _ in range(300):
             decide()
 
     return bad
@@ -168,6 +170,22 @@ def ignored_failure():
     @dsl.pipeline(name="bad")
     def bad():
         decide(flag=decide(flag="a").output).ignore_upstream_failure()
+
+    return bad
+
+
+def amount_without_default():
+    @dsl.pipeline(name="bad")
+    def bad(memory: str = ""):
+        decide().set_memory_limit(memory)
+
+    return bad
+
+
+def amount_that_is_none():
+    @dsl.pipeline(name="bad")
+    def bad(cpu: str = "many"):
+        decide().set_cpu_request(cpu)
 
     return bad
 
@@ -198,6 +216,8 @@ BAD = {
     importer: "L8",
     ignored_failure: "L9",
     display_name: "L10",
+    amount_without_default: "L11",
+    amount_that_is_none: "L11",
 }
 
 
@@ -220,7 +240,7 @@ def test_a_tag_is_refused_only_where_images_must_be_pinned(tmp_path):
 
 def test_an_artifact_iterator_is_refused(tmp_path):
     spec = spec_of(clean, tmp_path)
-    spec["root"]["dag"]["tasks"]["decide-2"]["artifactIterator"] = {"items": {}}
+    spec["root"]["dag"]["tasks"]["decide"]["artifactIterator"] = {"items": {}}
     assert [finding.split()[0] for finding in lint(spec)] == ["L8"]
 
 

@@ -20,7 +20,7 @@ def say(text: str, said: dsl.Output[dsl.Artifact], report: dsl.Output[dsl.Metric
     from filterpress import recording
 
     Path(said.path).write_text(text)
-    recording.record({"n_bytes": len(text), "loss": float("nan")}, report)
+    recording.record({"n_bytes": len(text), "loss": float("nan")}, report, said)
     return text
 
 
@@ -49,6 +49,11 @@ def end_silently():
     import os
 
     os._exit(3)
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def tell_the_end(status: dsl.PipelineTaskFinalStatus):
+    print(f"it {status.state}")  # noqa: T201
 
 
 def two_steps():
@@ -83,6 +88,15 @@ def quote_condition():
     return outer
 
 
+def with_exit_handler():
+    @dsl.pipeline(name="with-exit-handler")
+    def outer(text: str = "yes"):
+        with dsl.ExitHandler(tell_the_end(), name="run"):
+            fail(text="BudgetError").after(say(text=text))
+
+    return outer
+
+
 def failing(component, **given):
     @dsl.pipeline(name="inner")
     def inner(text: str):
@@ -105,6 +119,14 @@ def test_every_step_is_told_with_where_it_is_and_what_it_reported(tmp_path):
     steps = steps_of(two_steps(), tmp_path)
     assert [step.name for step in steps] == ["inner/say", "say"]
     assert [step.report["n_bytes"] for step in steps] == [3, 4]
+
+
+def test_the_end_of_a_run_that_failed_is_told_and_its_failure_is_that_of_the_step(tmp_path):
+    steps = []
+    with pytest.raises(BudgetError, match="12 bytes of 10"):
+        execute(with_exit_handler(), {}, tmp_path, steps.append)
+    assert [step.name for step in steps] == ["say", "fail", "tell-the-end"]
+    assert "it FAILED" in (tmp_path / "run.log").read_text()
 
 
 def test_a_second_run_reuses_what_did_not_change_and_runs_what_is_never_cached(tmp_path):

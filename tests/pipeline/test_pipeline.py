@@ -16,17 +16,22 @@ from google.protobuf import json_format
 from kfp import compiler
 
 import pipeline as module
-from components._ir import pin
+from components._ir import pin, settle_names
 from components._lint import check
+from components._placing import LOCAL, Policy, check_amounts
+from components._placing import PARAMETERS as CLUSTER_ONLY
+from filterpress import stages
 from filterpress.loop import compress
+from tests.pipeline import test_components
 
 ROOT = Path(module.__file__).parent
 DECISIONS = ["publish", "retrain", "next", "give-up", "too-big"]
 CONDITION = re.compile(r"parameter_values\['([^']+)'\] (==|!=) '([a-z-]+)'")
 SIGNS = {"==": operator.eq, "!=": operator.ne}
 SUB_PIPELINE = r"(round|retrain-loop)-\d+"
-FIRST = {"train", "prune", "search"}
+FIRST = {"check", "train", "prune", "search"}
 SIDE_EFFECTS = ("publish", "give-up")
+FUNCTIONS = len(test_components.STAGES)
 
 
 @functools.cache
@@ -65,7 +70,7 @@ def leaves(spec, decisions):
             elif not re.fullmatch(SUB_PIPELINE, name):
                 yield from walk(below)
 
-    return [name for name in walk(spec["root"]["dag"]) if name not in FIRST]
+    return [name for name in walk(spec["root"]["dag"]) if name not in FIRST | {"report"}]
 
 
 @pytest.mark.parametrize("bounds", [{}, {"rounds": 1}, {"rounds": 2, "retrains": 0}])
@@ -125,16 +130,16 @@ def test_the_committed_pipeline_is_clean():
 
 
 def test_measurements_and_side_effects_never_come_from_the_cache():
-    uncached = ("evaluate", *SIDE_EFFECTS)
+    uncached = ("evaluate", "report", *SIDE_EFFECTS)
     for name, task in every_task(compiled()):
         if "enableCache" in task.get("cachingOptions", {}):
             assert not name.startswith(uncached), name
-        elif not name.startswith(("condition", "round", "retrain-loop")):
+        elif not name.startswith(("condition", "exit-handler", "round", "retrain-loop")):
             assert name.startswith(uncached), name
 
 
 def test_a_measurement_may_come_from_the_cache_of_one_machine_but_a_side_effect_may_not():
-    for name, task in every_task(compiled(cache_evaluate=True)):
+    for name, task in every_task(compiled(policy=LOCAL)):
         cached = task.get("cachingOptions", {}).get("enableCache", False)
         if name.startswith("evaluate"):
             assert cached
@@ -146,20 +151,95 @@ def test_the_defaults_are_those_of_the_library():
     given = inspect.signature(module.build(rounds=1).pipeline_func).parameters
     known = inspect.signature(compress).parameters
     compile_time = {"out", "size_tries"}
-    assert set(given) == set(known) - compile_time
-    assert {n: p.default for n, p in given.items()} == {n: known[n].default for n in given}
+    shared = set(given) - set(CLUSTER_ONLY)
+    assert shared == set(known) - compile_time
+    assert {n: given[n].default for n in shared} == {n: known[n].default for n in shared}
 
 
-def test_every_parameter_of_the_form_has_a_default_and_a_help_text():
+def test_every_parameter_of_the_form_has_a_default_and_a_help_text_with_its_group():
+    groups = []
     for name, parameter in compiled()["root"]["inputDefinitions"]["parameters"].items():
-        assert parameter.get("description"), name
+        group, _, text = parameter["description"].partition(": ")
+        assert text, name
         assert "defaultValue" in parameter, name
+        groups.append(group)
+    assert set(groups) == {"Train", "Data", "Goal", "Methods", "Publish", "Cluster"}
+
+
+def test_nothing_but_the_report_runs_before_the_settings_were_looked_at():
+    spec = compiled()
+    (handler,) = spec["root"]["dag"]["tasks"].keys() - {"report"}
+    tasks = spec["components"][spec["root"]["dag"]["tasks"][handler]["componentRef"]["name"]]["dag"]
+    waits = {name: set(task.get("dependentTasks", [])) for name, task in tasks["tasks"].items()}
+    free = [name for name, others in waits.items() if not others]
+    assert free == ["check"]
+
+
+def test_every_setting_that_can_be_looked_at_beforehand_is():
+    looked_at = set(inspect.signature(stages.check).parameters) - {"size_tries"}
+    given = set(inspect.signature(module.build(rounds=1).pipeline_func).parameters)
+    names = {"weights", "data_dir", "seed", "name", *CLUSTER_ONLY}  # any will do, or take reading
+    assert looked_at == given - names
+
+
+def asked(spec, function):
+    """Return what a step asks of a cluster: of its container, and of the platform."""
+    executors = spec["deploymentSpec"]["executors"]
+    (label,) = [n for n, e in executors.items() if e["container"]["args"][-1] == function]
+    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
+    return executors[label]["container"].get("resources", {}), platform["deploymentSpec"][
+        "executors"
+    ][label]
+
+
+@pytest.mark.parametrize("function", ["train", "search", "retrain"])
+def test_what_trains_asks_for_accelerators_and_nodes_that_have_them(function):
+    resources, platform = asked(compiled(), function)
+    assert "accelerators" in resources["accelerator"]["resourceCount"]
+    assert "node_selector" in str(platform["nodeSelector"])
+    assert "tolerations" in str(platform["tolerations"])
+
+
+@pytest.mark.parametrize("function", ["prune", "cluster", "reduce", "evaluate", "publish"])
+def test_what_does_not_train_asks_for_memory_and_cpus_only(function):
+    resources, platform = asked(compiled(), function)
+    assert set(resources) == {"resourceCpuRequest", "resourceMemoryLimit", "resourceMemoryRequest"}
+    assert not {"nodeSelector", "tolerations"} & set(platform)
+
+
+def test_a_step_is_tried_again_unless_its_failure_is_what_it_is_for():
+    tried = {name for name, task in every_task(compiled()) if "retryPolicy" in task}
+    assert not [name for name in tried if name.startswith(("give-up", "check", "report"))]
+    assert {"train", "prune", "search", "cluster", "reduce", "retrain", "publish"} <= tried
+    here = compiled(policy=LOCAL)
+    assert not [name for name, task in every_task(here) if "retryPolicy" in task]
+
+
+def test_no_step_hangs_for_ever():
+    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
+    settings = platform["deploymentSpec"]["executors"]
+    assert settings.keys() == compiled()["deploymentSpec"]["executors"].keys()
+    assert {entry["activeDeadlineSeconds"] for entry in settings.values()} == {str(24 * 3600)}
+
+
+def test_every_step_pulls_its_image_with_the_secrets_that_are_named():
+    pipeline = module.build(rounds=1, policy=Policy(pull_secrets=("registry",)))
+    (platform,) = json_format.MessageToDict(pipeline.platform_spec)["platforms"].values()
+    for entry in platform["deploymentSpec"]["executors"].values():
+        assert "registry" in str(entry["imagePullSecret"])
+
+
+@pytest.mark.parametrize("amount", [{"cpu": "two"}, {"memory": ""}, {"accelerators": "-1"}])
+def test_an_amount_that_a_cluster_would_refuse_is_refused(amount):
+    (name,) = amount
+    with pytest.raises(ValueError, match=f"{name} must be an amount like 2, 500m or 4Gi, got"):
+        check_amounts({"cpu": "500m", "memory": "4Gi", "accelerators": "0"} | amount)
 
 
 def test_every_stage_of_the_pipeline_is_written_down_once():
     executors = compiled()["deploymentSpec"]["executors"]
     functions = [executor["container"]["args"][-1] for executor in executors.values()]
-    assert len(functions) == len(set(functions)) == 9
+    assert len(functions) == len(set(functions)) == FUNCTIONS
 
 
 def test_every_component_runs_the_function_that_its_task_is_named_after():
@@ -173,14 +253,20 @@ def test_every_component_runs_the_function_that_its_task_is_named_after():
 
 
 def test_the_step_that_signs_is_shown_the_keys_and_no_other_step_is():
-    spec = compiled()
     (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
-    ((label, settings),) = platform["deploymentSpec"]["executors"].items()
-    executor = spec["deploymentSpec"]["executors"][label]
-    assert executor["container"]["args"][-1] == "publish"
-    (volume,) = settings["secretAsVolume"]
+    shown = {n: e for n, e in platform["deploymentSpec"]["executors"].items() if "secret" in str(e)}
+    assert list(shown) == ["exec-publish"]
+    (volume,) = asked(compiled(), "publish")[1]["secretAsVolume"]
     assert volume["mountPath"] == "/etc/filterpress/keys"
     assert volume["optional"]  # a run that publishes nothing needs no keys
+
+
+def test_settings_that_differ_between_tasks_of_a_step_are_refused():
+    pipeline = module.build(rounds=1)
+    executors = pipeline.platform_spec.platforms["kubernetes"].deployment_spec.executors
+    executors["exec-prune-2"].CopyFrom(executors["exec-publish"])
+    with pytest.raises(ValueError, match="settings of prune for a cluster must be the same"):
+        settle_names(pipeline)
 
 
 def test_pinning_changes_the_image_of_every_step(tmp_path):

@@ -84,7 +84,7 @@ def test_the_pipeline_takes_the_path_that_the_library_takes(name, folder, weight
     published = decision == "publish"
     assert code == (0 if published else 1), last_line
     did = [step for step, end in steps if end != "passed on"]
-    assert did == [*path, "publish" if published else "give-up"]
+    assert did == ["check", *path, "publish" if published else "give-up", "report"]
     assert tiny.stages_of(package) == path
     assert tiny.history(package)[-1]["decision"] == decision
     if published:
@@ -109,7 +109,7 @@ def test_the_pipeline_finds_the_smallest_file_that_the_library_finds(folder, tmp
     code, report, steps, last_line = run(settings | {"store": str(tmp_path / "release")}, folder)
     assert code == 0, last_line
     did = [step for step, end in steps if end != "passed on"]
-    assert did == ["train", "prune", "search", "evaluate", "publish"]
+    assert did == ["check", "train", "prune", "search", "evaluate", "publish", "report"]
     with tiny.one_thread():
         assert report["sha256"] == compress(tmp_path / "library", **settings)["sha256"]
 

@@ -172,6 +172,7 @@ def _outcome(found: Attempt) -> Outcome:
             "rank": float(option.rank),
             "groups": float(option.groups),
             "n_bytes": round(sum(allocation.n_bytes[name]), 1),
+            "distortion": allocation.damage[name],
         }
         | ({"bits": float(option.bits)} if option.bits else {})
         for name, option in allocation.chosen.items()
@@ -181,7 +182,7 @@ def _outcome(found: Attempt) -> Outcome:
     notes: dict[str, float | str] = {
         "projected": float(projected),
         "folded": float(folded),
-        "distortion": allocation.damage,
+        "distortion": allocation.total_damage,
         "theta": allocation.theta,
         "expected_bytes": round(found.expected),
         "allocation": fingerprint(allocation),

@@ -170,12 +170,16 @@ def _outcome(model: nn.Module, allocation: Allocation, used: Mapping[str, Layer]
     counts = {name: layer.weight.numel() for name, layer in used.items()}
     total = sum(counts[name] * option.bits for name, option in allocation.chosen.items())
     changed = {
-        name: {"bits": float(option.bits), "n_bytes": round(option.n_bytes, 1)}
+        name: {
+            "bits": float(option.bits),
+            "n_bytes": round(option.n_bytes, 1),
+            "distortion": allocation.damage[name],
+        }
         for name, option in allocation.chosen.items()
     }
     notes: dict[str, float | str] = {
         "bits": total / sum(counts.values()),
-        "distortion": allocation.damage,
+        "distortion": allocation.total_damage,
         "allocation": fingerprint(allocation),
     }
     return Outcome(model, notes, changed)

@@ -6,6 +6,7 @@ same bytes in all three. A stage with nothing left to do copies its package. Wha
 here is light: a stage imports what it needs when it runs.
 """
 
+from filterpress.stages.checking import check as check
 from filterpress.stages.deciding import check_thresholds as check_thresholds
 from filterpress.stages.deciding import evaluate as evaluate
 from filterpress.stages.deciding import give_up as give_up
@@ -21,3 +22,4 @@ from filterpress.stages.tables import check_configs as check_configs
 from filterpress.stages.tables import clusterers as clusterers
 from filterpress.stages.tables import pruners as pruners
 from filterpress.stages.tables import reducers as reducers
+from filterpress.stages.telling import report as report

@@ -23,6 +23,7 @@ from filterpress.stages.handover import (
     task_of,
 )
 
+_NOT_TOLD = ("layers", "confusion")  # of an evaluation, in the report of a release
 SIGNED = ("accuracy", "validation_accuracy", "macs", "ratio")  # of the report, with the file
 
 
@@ -135,7 +136,6 @@ def publish(
     data_dir: str = "",
     image_size: int = 0,
     task: str = "",
-    html: Path | None = None,
 ) -> Report:
     """Sign the evaluated file and release it, once both thresholds hold for the file itself.
 
@@ -160,7 +160,6 @@ def publish(
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
-        html: File for the report page of the run; none is written without it.
 
     Returns:
         Report with the release: ``store``, ``target``, ``sha256``, ``release_counter``,
@@ -171,7 +170,7 @@ def publish(
         ValueError: The channel or the share cannot be used; nothing is published.
         BudgetError: A threshold does not hold; nothing is published.
     """
-    from filterpress import measurement, package, release, reporting
+    from filterpress import measurement, package, release
     from filterpress.release import rollout
     from filterpress.release.channel import path_of
     from filterpress.release.keys import keys_for
@@ -202,7 +201,7 @@ def publish(
             then=name_it,
             **place,
         )
-        report = {k: v for k, v in evaluated.items() if k != "layers"} | {
+        report = {k: v for k, v in evaluated.items() if k not in _NOT_TOLD} | {
             "stage": "publish",
             "decision": "publish",
             "store": store or str(out / "release"),
@@ -213,8 +212,6 @@ def publish(
             "created": issued.created,
         }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-        if html is not None:
-            reporting.write_html(model, html)
     return report
 
 
@@ -223,7 +220,6 @@ def give_up(
     *,
     max_size: str = "12x",
     min_accuracy: str = "-1pp",
-    html: Path | None = None,
 ) -> Report:
     """End a run whose network did not meet the thresholds.
 
@@ -231,7 +227,6 @@ def give_up(
         model: Evaluated package.
         max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
         min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
-        html: File for the report page of the run; none is written without it.
 
     Returns:
         Nothing: it always raises, unless the thresholds hold after all.
@@ -239,12 +234,10 @@ def give_up(
     Raises:
         BudgetError: With the numbers, in one line.
     """
-    from filterpress import package, reporting
+    from filterpress import package
 
     source = package.load(model)
     budget = budget_of(source, max_size, min_accuracy)
     evaluated = evaluated_report(source, encoded_file(model))
-    if html is not None:
-        reporting.write_html(model, html)
     require(budget, evaluated["n_bytes"], evaluated["validation_accuracy"])
     return evaluated

@@ -1,0 +1,88 @@
+"""What a step asks of a cluster, and what becomes of it if it fails there; nothing of it is local.
+
+Amounts are parameters of a run, as far as KFP allows. How long a step may take, how often it is
+tried and what pulls its image are not: they are fixed when the pipeline is compiled.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kfp import kubernetes
+from kfp.dsl.pipeline_task import PipelineTask
+
+#: Parameters of the pipeline that mean nothing on one machine.
+PARAMETERS = ("cpu", "memory", "accelerator", "accelerators", "node_selector", "tolerations")
+
+#: An amount, as Kubernetes writes it.
+AMOUNT = re.compile(r"\d+(\.\d+)?([EPTGMk]i?|m)?")
+
+_TRAIN = ("train", "search", "retrain")
+_LIGHT = ("check", "give-up", "report")
+_UNCACHED = ("publish", "give-up", "report")
+
+
+class Policy(NamedTuple):
+    """How steps are run; the same for all of a pipeline.
+
+    Attributes:
+        tries: Times that a step is tried. Steps begin again from their inputs: a side effect that
+            was done is not done twice.
+        hours: Time that a step may take; one that hangs is stopped then.
+        pull_secrets: Names of Secrets that the image is pulled with.
+        cache_evaluate: Whether a measurement may be taken from the cache. On a cluster a
+            sub-pipeline that ends in a cached step is shown as running forever.
+    """
+
+    tries: int = 3
+    hours: int = 24
+    pull_secrets: Sequence[str] = ()
+    cache_evaluate: bool = False
+
+
+ON_A_CLUSTER = Policy()
+#: kfp.local shows no sub-pipelines, and a run that was killed goes on after its last measurement.
+LOCAL = Policy(tries=1, cache_evaluate=True)
+
+
+def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:
+    """Say how a step is run, and ask for what it needs.
+
+    Args:
+        task: Task of a component.
+        given: Parameters of its pipeline, with those in `PARAMETERS` that are for this task.
+        policy: How it is run.
+    """
+    if task.name.startswith(_UNCACHED):
+        task.set_caching_options(False)
+    if task.name.startswith("evaluate"):
+        task.set_caching_options(policy.cache_evaluate)
+    kubernetes.set_timeout(task, policy.hours * 3600)
+    if policy.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(policy.pull_secrets))
+    if task.name.startswith(_LIGHT):
+        return
+    if policy.tries > 1:
+        task.set_retry(policy.tries - 1, backoff_duration="30s", backoff_factor=2)
+    task.set_cpu_request(given["cpu"])
+    task.set_memory_request(given["memory"])
+    task.set_memory_limit(given["memory"])
+    if task.name.startswith(_TRAIN):
+        task.set_accelerator_type(given["accelerator"])
+        task.set_accelerator_limit(given["accelerators"])
+        kubernetes.add_node_selector_json(task, given["node_selector"])
+        kubernetes.add_toleration_json(task, given["tolerations"])
+
+
+def check_amounts(given: Mapping[str, Any]) -> None:
+    """Refuse amounts that a cluster would refuse, step by step.
+
+    Args:
+        given: Parameters of the pipeline.
+
+    Raises:
+        ValueError: One is no amount as Kubernetes writes it.
+    """
+    for name in ("cpu", "memory", "accelerators"):
+        if not AMOUNT.fullmatch(given[name]):
+            raise ValueError(f"{name} must be an amount like 2, 500m or 4Gi, got {given[name]!r}")

@@ -1,0 +1,99 @@
+"""The page of a whole run, made of what its steps have left."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from filterpress import stages
+from filterpress.scratch import open_scratch
+
+HISTORY = [
+    {"stage": "train", "n_bytes": 96_000, "validation_accuracy": 0.96, "ratio": 1.0},
+    {"stage": "evaluate", "n_bytes": 8_000, "validation_accuracy": 0.95, "ratio": 12.0, "round": 1},
+]
+RELEASE = {
+    "n_bytes": 8_000,
+    "ratio": 12.0,
+    "target": "models/net/3.fpk",
+    "release_counter": 3,
+    "store": "gs://models",
+    "channel": "",
+    "delta_bytes": 0,
+}
+RUN = "filterpress/one-run"
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def root(request, tmp_path):
+    """Where the artifacts of all runs are."""
+    return str(tmp_path) if request.param == "directory" else request.getfixturevalue("bucket")
+
+
+def leave(root, decision, *, step="evaluate/1", run=RUN):
+    history = [*HISTORY[:-1], {**HISTORY[-1], "decision": decision}]
+    model = json.dumps({"model": "net", "history": history}).encode()
+    open_scratch(f"{root}/{run}").write(f"{step}/evaluated/model.json", model)
+
+
+def tell(root, tmp_path, **how):
+    page = tmp_path / "told" / "page.html"
+    told = stages.report(f"{root}/{RUN}/report/7/page", page, **how)
+    text = page.read_text(encoding="utf-8")
+    assert f">{told['verdict']}<" in text
+    return told["verdict"], text
+
+
+def test_a_run_that_published_tells_its_release_and_its_story(root, tmp_path):
+    leave(root, "publish")
+    receipt = json.dumps(RELEASE).encode()
+    open_scratch(f"{root}/{RUN}").write("publish/2/release/report.json", receipt)
+    verdict, page = tell(root, tmp_path, state="SUCCEEDED")
+    assert verdict == "Published as release 3: 8,000 bytes, 12.0 times smaller."
+    assert 'class="good"' in page
+    assert "models/net/3.fpk" in page
+    assert "evaluate, round 1" in page
+    assert "Channel" not in page  # it named none
+
+
+def test_a_run_that_gave_up_tells_the_numbers_of_its_last_measurement(root, tmp_path):
+    leave(root, "retrain")
+    leave(root, "give-up", step="evaluate-2/2")
+    verdict, page = tell(root, tmp_path, state="FAILED", error="Task exit-handler-1 failed.")
+    assert verdict == (
+        "Nothing published. Given up: not accurate enough: 8,000 bytes, 12.0 times smaller."
+    )
+    assert 'class="open"' in page
+
+
+def test_the_last_measurement_is_the_one_written_last_whatever_its_name(tmp_path):
+    leave(tmp_path, "too-big", step="evaluate/1")
+    leave(tmp_path, "retrain", step="evaluate-2/2")
+    early = tmp_path / RUN / "evaluate-2/2/evaluated/model.json"
+    os.utime(early, ns=(0, 0))
+    verdict, _ = tell(tmp_path, tmp_path, state="FAILED")
+    assert verdict.startswith("Nothing published. Over the size budget")
+
+
+@pytest.mark.parametrize("decision", [None, "retrain", "publish"])
+def test_a_step_that_failed_is_told_as_kubeflow_tells_it(root, tmp_path, decision):
+    if decision:
+        leave(root, decision)
+    verdict, page = tell(root, tmp_path, state="FAILED", error="OOMKilled.")
+    assert verdict == "Failed, and nothing published: OOMKilled."
+    assert ("evaluate, round 1" in page) == bool(decision)
+
+
+def test_what_other_runs_left_is_not_of_this_one(root, tmp_path):
+    leave(root, "give-up", run="filterpress/another-run")
+    verdict, _ = tell(root, tmp_path, state="CANCELLED")
+    assert verdict == "Cancelled, and nothing published: the step in red says why"
+
+
+@pytest.mark.parametrize("state", ["SUCCEEDED", "FAILED"])
+def test_where_the_steps_left_their_pages_out_of_reach_the_page_says_so(state, tmp_path):
+    verdict, _ = tell("minio://mlpipeline/v2", tmp_path, state=state)
+    assert verdict.startswith("Published. The" if state == "SUCCEEDED" else "Failed, and nothing")
+    assert f"in minio://mlpipeline/v2/{RUN}, which cannot be read here." in verdict
