@@ -19,6 +19,8 @@ nothing left to do copies its package.
 """
 
 import inspect
+import re
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,8 +29,9 @@ from kfp import compiler, dsl, kubernetes
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 
+from components import IMAGE
 from components._cluster import Cluster, read_schedule, remove_schedule, send, set_schedule
-from components._ir import pin, settle_names
+from components._ir import check_image, pin, settle_names
 from components._lint import check
 from components._local import on_this_machine
 from components._local import run as run_locally
@@ -43,9 +46,10 @@ from components.publish import publish
 from components.report import report
 from components.search import search
 from components.train import train
-from filterpress import stages, terminal
+from filterpress import files, stages, terminal
 from filterpress.budget import check_spelling
 from filterpress.flags import Debug, Json, with_flags_of
+from filterpress.release.keys import keys_for
 
 NAME = "filterpress"
 ROUNDS, SIZE_TRIES, RETRAINS = 3, 2, 2
@@ -255,10 +259,13 @@ def compile_(
     with terminal.polite(debug):
         pipeline = build(rounds, size_tries, retrains)
         if image:
+            check_image(image)
             pin(pipeline, image)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        compiler.Compiler().compile(pipeline, str(output))
-        check(output, pinned=bool(image))
+        with tempfile.TemporaryDirectory() as made:
+            compiled = Path(made) / output.name
+            compiler.Compiler().compile(pipeline, str(compiled))
+            check(compiled, pinned=bool(image))
+            files.write(output, compiled.read_bytes())
 
 
 @app.command()
@@ -267,10 +274,11 @@ def manifests(
     debug: Debug = False,
 ) -> None:
     """Compile the pipeline, and write its Kubernetes resources for every overlay."""
-    with terminal.polite(debug):
-        compiler.Compiler().compile(build(), str(folder / COMPILED.name))
-        check(folder / COMPILED.name)
-        write(folder)
+    with terminal.polite(debug), tempfile.TemporaryDirectory() as made:
+        compiled = Path(made) / COMPILED.name
+        compiler.Compiler().compile(build(), str(compiled))
+        check(compiled)
+        write(folder, compiled)
 
 
 @app.command()
@@ -299,8 +307,7 @@ def run(
 ) -> None:
     """Run the pipeline on this machine, step by step; what did not change is reused."""
     with terminal.polite(debug):
-        check_spelling(parameters["max_size"], parameters["min_accuracy"])
-        stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
+        check_parameters(parameters)
         out = out.resolve()
         arguments = on_this_machine(parameters, out)
         bounds = {"rounds": arguments["max_rounds"], "retrains": arguments["max_retrains"]}
@@ -316,7 +323,7 @@ TokenFile = Annotated[
     Path | None, typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token.")
 ]
 Account = Annotated[str, typer.Option(help="Service account of the steps.")]
-Image = Annotated[str, typer.Option(help="Image of every step.")]
+Image = Annotated[str, typer.Option(help="Image of every step, pinned by digest.")]
 
 
 @app.command()
@@ -328,7 +335,7 @@ def submit(
     namespace: Namespace = "kubeflow",
     token_file: TokenFile = None,
     service_account: Account = "",
-    image: Image = "",
+    image: Image = IMAGE,
     size_tries: Tries = SIZE_TRIES,
     debug: Debug = False,
     **parameters: Any,
@@ -351,7 +358,7 @@ def schedule(
     namespace: Namespace = "kubeflow",
     token_file: TokenFile = None,
     service_account: Account = "",
-    image: Image = "",
+    image: Image = IMAGE,
     size_tries: Tries = SIZE_TRIES,
     json: Json = False,
     debug: Debug = False,
@@ -377,11 +384,18 @@ def schedule(
 
 def build_for(parameters: dict[str, Any], size_tries: int, image: str) -> GraphComponent:
     """Build the pipeline for a cluster: as many rounds as are asked for, in one image."""
-    check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    check_image(image)
+    check_parameters(parameters)
     check_amounts(parameters)
+    keys_for(parameters["store"], parameters["keys"])
     bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
-    pipeline = build(**bounds, size_tries=size_tries)
-    return pin(pipeline, image) if image else pipeline
+    return pin(build(**bounds, size_tries=size_tries), image)
+
+
+def check_parameters(parameters: dict[str, Any]) -> None:
+    """Refuse parameters that a step would refuse, hours later perhaps."""
+    check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
 
 
 def settings(parameters: dict[str, Any]) -> str:
@@ -393,7 +407,10 @@ def settings(parameters: dict[str, Any]) -> str:
 
 def read_token(file: Path | None) -> str:
     """Read a bearer token; without a file there is none."""
-    return file.read_text(encoding="utf-8").strip() if file else ""
+    token = file.read_text(encoding="utf-8").strip() if file else ""
+    if not re.fullmatch("[!-~]*", token):  # as a header it would be refused, with its text
+        raise ValueError(f"token_file must hold one token and nothing else, got {file}")
+    return token
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ from google.protobuf.struct_pb2 import Struct
 from kfp.dsl.graph_component import GraphComponent
 
 _LABEL = re.compile(r"exec-(?P<step>.+?)(?:-\d+)*")
+_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_HOST = r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?(?::[0-9]+)?"
+_PINNED = re.compile(
+    rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{{0,127}})?@sha256:[0-9a-f]{{64}}"
+)
 
 
 def settle_names(pipeline: GraphComponent) -> GraphComponent:
@@ -58,12 +63,33 @@ def settle_names(pipeline: GraphComponent) -> GraphComponent:
     return pipeline
 
 
+def is_pinned(image: str) -> bool:
+    """Tell whether an image is named by a repository and a digest that can be one."""
+    return bool(_PINNED.fullmatch(image))
+
+
+def check_image(image: str) -> None:
+    """Refuse an image that a cluster cannot pull, or that may be another one tomorrow.
+
+    Args:
+        image: Name of an image.
+
+    Raises:
+        ValueError: It has no digest, or is not a name.
+    """
+    if not is_pinned(image):
+        raise ValueError(
+            "image must be a repository and a digest, registry.example/filterpress-python@sha256:… "
+            f"with 64 hexadecimal digits, as a push prints it, got {image!r}"
+        )
+
+
 def pin(pipeline: GraphComponent, image: str) -> GraphComponent:
     """Run every step of a pipeline in one image.
 
     Args:
         pipeline: Pipeline to change in place.
-        image: Image, for a release by digest: repository@sha256:….
+        image: Image.
 
     Returns:
         The same pipeline.

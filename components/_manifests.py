@@ -13,16 +13,18 @@ from typing import Any
 
 import yaml
 
+from components._ir import is_pinned
+from filterpress import files
 from filterpress.errors import FilterpressError
 
 Document = dict[str, Any]
 
 API = "pipelines.kubeflow.org/v2beta1"
 _HEADER = "# Written by `make manifests`; do not edit.\n"
-#: What keeps a resource that runs point to when git has it no more.
+#: What keeps a resource that runs point to when git has it no more, or the application is deleted.
 _KEPT = {
     "argocd.argoproj.io/compare-options": "IgnoreExtraneous",
-    "argocd.argoproj.io/sync-options": "Prune=false",
+    "argocd.argoproj.io/sync-options": "Prune=false,Delete=false",
     "kustomize.toolkit.fluxcd.io/prune": "disabled",
 }
 
@@ -57,19 +59,19 @@ def version_name(ir: Document) -> str:
     return f"{_name(ir)}-{release}-{digits}"
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, compiled: Path) -> None:
     """Write the generated part of the manifests, from the compiled pipeline and the overlays.
 
     Nothing is written unless all of it can be.
 
     Args:
-        folder: ``pipeline.yaml``, ``base``, and ``overlays/*/kustomization.yaml``, which pin the
-            image by digest.
+        folder: ``base``, and ``overlays/*/kustomization.yaml``, which pin the image by digest.
+        compiled: Compiled pipeline, for ``pipeline.yaml`` of the folder.
 
     Raises:
         FilterpressError: An overlay does not pin the image.
     """
-    ir = read_ir(folder / "pipeline.yaml")
+    ir = read_ir(compiled)
     base = folder / "base"
     written = {
         base / "pipeline" / "pipeline.yaml": _pipeline(ir),
@@ -81,10 +83,10 @@ def write(folder: Path) -> None:
         names = [{"op": "replace", "path": p, "value": version_name(pinned)} for p in paths]
         written[overlay.with_name("version.yaml")] = names
         written[overlay.with_name("fields.yaml")] = _fields(ir)
+    files.write(folder / "pipeline.yaml", compiled.read_bytes())
     for file, content in written.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.dump(content, Dumper=yaml.CSafeDumper, sort_keys=False, width=100)
-        file.write_text(_HEADER + text, encoding="utf-8")
+        files.write(file, (_HEADER + text).encode())
 
 
 def _pipeline(ir: Document) -> Document:
@@ -118,8 +120,9 @@ def _fields(ir: Document) -> Document:
 
 def _pinned_image(overlay: Path, repository: str) -> str:
     for image in yaml.safe_load(overlay.read_text(encoding="utf-8")).get("images", []):
-        if image["name"] == repository and str(image.get("digest")).startswith("sha256:"):
-            return f"{image.get('newName', repository)}@{image['digest']}"
+        pinned = f"{image.get('newName', image['name'])}@{image.get('digest')}"
+        if image["name"] == repository and is_pinned(pinned):
+            return pinned
     raise FilterpressError(f"{overlay} must give the digest of {repository} under images")
 
 

@@ -42,9 +42,10 @@ def name_in(folder, environment):
 def test_the_committed_manifests_are_what_make_manifests_gives(copy):
     written = [path for path in copy.rglob("*.yaml") if "do not edit" in path.read_text()]
     assert len(written) == 2 + 2 * len(ENVIRONMENTS)
+    written.append(copy / "pipeline.yaml")
     for path in written:
         path.unlink()
-    write(copy)
+    write(copy, FOLDER / "pipeline.yaml")
     assert contents(copy) == contents(FOLDER), "run: make manifests"
 
 
@@ -79,7 +80,7 @@ def test_but_for_the_image_the_cluster_gets_the_compiled_pipeline():
 def test_another_image_is_another_version_and_the_same_one_is_the_same(copy):
     pin(copy, "dev", "sha256:" + "1" * 64)
     pin(copy, "staging", "sha256:" + "1" * 64)
-    write(copy)
+    write(copy, copy / "pipeline.yaml")
     names = {environment: name_in(copy, environment) for environment in ENVIRONMENTS}
     assert names["dev"] == names["staging"] != names["prod"] == name_in(FOLDER, "prod")
 
@@ -100,11 +101,13 @@ def test_what_is_for_one_platform_is_part_of_the_version(copy):
     assert version_name(read_ir(file)) != version_name(whole)
 
 
-@pytest.mark.parametrize("digest", ["", "latest"])
+@pytest.mark.parametrize("digest", ["", "latest", "sha256:12"])
 def test_an_overlay_without_a_digest_is_refused_and_nothing_is_written(copy, digest):
     pin(copy, "staging", digest)
     pin(copy, "dev", "sha256:" + "2" * 64)
     before = contents(copy)
+    other = copy.with_name("pipeline.yaml")
+    other.write_text((copy / "pipeline.yaml").read_text().replace("12x", "13x"))
     with pytest.raises(FilterpressError, match=r"staging.* must give the digest of filterpress-p"):
-        write(copy)
+        write(copy, other)
     assert contents(copy) == before

@@ -6,6 +6,7 @@ import itertools
 import operator
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from google.protobuf import json_format
 from kfp import compiler
+from typer.testing import CliRunner
 
 import pipeline as module
 from components._ir import pin, settle_names
@@ -276,6 +278,30 @@ def test_pinning_changes_the_image_of_every_step(tmp_path):
     spec = next(yaml.safe_load_all((tmp_path / "pinned.yaml").read_text(encoding="utf-8")))
     images = {e["container"]["image"] for e in spec["deploymentSpec"]["executors"].values()}
     assert images == {image}
+
+
+@pytest.mark.parametrize("flags", [["--image", "registry/filterpress-python:1"], ["--rounds", "9"]])
+def test_a_compilation_that_is_refused_leaves_the_file_as_it_was(tmp_path, flags):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text("before")
+    refused = CliRunner().invoke(module.app, ["compile", "--output", str(file), *flags])
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert "with 64 hexadecimal digits" in line or "the limit is 200000" in line
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_manifests_that_are_refused_stay_as_they_were(tmp_path):
+    folder = shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    (folder / "pipeline.yaml").write_text("before")
+    overlay = folder / "overlays" / "prod" / "kustomization.yaml"
+    overlay.write_text(overlay.read_text().replace("digest: sha256:", "newTag: sha256-"))
+    before = {file: file.read_bytes() for file in folder.rglob("*.*")}
+    refused = CliRunner().invoke(module.app, ["manifests", str(folder)])
+    assert refused.exit_code == 2
+    assert f"{overlay} must give the digest of filterpress-python" in refused.stderr
+    assert {file: file.read_bytes() for file in folder.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize(
