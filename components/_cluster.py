@@ -1,7 +1,7 @@
 """Runs and schedules of the pipeline on a Kubeflow cluster, through the API of KFP.
 
 A version of the pipeline is named after its content and uploaded once. Whatever a call makes before
-it fails, it takes back.
+it is refused, it takes back; where there is no answer, what was asked for may have been done.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def send(pipeline: GraphComponent, arguments: dict[str, Any], cluster: Cluster) 
         ValueError: The host is no address.
         FilterpressError: The host does not answer, or refuses.
     """
-    with _connected(cluster) as (client, namespace), contextlib.ExitStack() as undo:
+    with _connected(cluster) as (client, namespace), _taken_back() as undo:
         experiment_id = _experiment(client, cluster.experiment, namespace, undo)
         version = _upload(client, pipeline, namespace, undo)
         started = client.run_pipeline(
@@ -81,7 +81,6 @@ def send(pipeline: GraphComponent, arguments: dict[str, Any], cluster: Cluster) 
             **version._asdict(),
             service_account=cluster.account or None,
         )
-        undo.pop_all()
     return f"{cluster.host.rstrip('/')}/#/runs/details/{started.run_id}"
 
 
@@ -101,7 +100,7 @@ def set_schedule(
         FilterpressError: The host does not answer, or refuses.
     """
     check_cron(cron)
-    with _connected(cluster) as (client, namespace), contextlib.ExitStack() as undo:
+    with _connected(cluster) as (client, namespace), _taken_back() as undo:
         experiment_id = _experiment(client, cluster.experiment, namespace, undo)
         version = _upload(client, pipeline, namespace, undo)
         before = _schedules(client, experiment_id)
@@ -117,7 +116,6 @@ def set_schedule(
         _later(undo, client.delete_recurring_run, made.recurring_run_id)
         for old in before:
             client.delete_recurring_run(old.recurring_run_id)
-        undo.pop_all()
 
 
 def read_schedule(cluster: Cluster) -> list[dict[str, Any]]:
@@ -140,11 +138,8 @@ def read_schedule(cluster: Cluster) -> list[dict[str, Any]]:
             {
                 "cron": schedule.trigger.cron_schedule.cron.removeprefix("0 "),
                 "state": f"{schedule.mode}D".lower(),
-                "version": client.get_pipeline_version(
-                    schedule.pipeline_version_reference.pipeline_id,
-                    schedule.pipeline_version_reference.pipeline_version_id,
-                ).display_name,
-                "parameters": schedule.runtime_config.parameters,
+                "version": _shown_version(client, schedule.pipeline_version_reference),
+                "parameters": getattr(schedule.runtime_config, "parameters", None) or {},
             }
             for schedule in (_schedules(client, found.experiment_id) if found else ())
         ]
@@ -226,6 +221,21 @@ def _schedules(client: Client, experiment_id: str) -> list[Any]:
     return [schedule for schedule in found.recurring_runs or [] if schedule.trigger.cron_schedule]
 
 
+def _shown_version(client: Client, reference: Any | None) -> str:
+    """Name what a schedule runs, which somebody else may have set in the UI, or deleted since."""
+    if reference is None:
+        return "its own"
+    if not reference.pipeline_version_id:
+        return "the newest"
+    try:
+        found = client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
+    except ApiException as error:
+        if error.status != 404:
+            raise
+        return "deleted"
+    return found.display_name
+
+
 def _lister(listing: Callable[..., Any], pipeline_id: str) -> Callable[..., Any]:
     return lambda **query: listing(pipeline_id, **query)
 
@@ -236,6 +246,17 @@ def _named(listing: Callable[..., Any], key: str, name: str, namespace: str = ""
     query = {"namespace": namespace} if namespace else {}
     found = listing(filter=json.dumps({"predicates": [wanted]}), **query)
     return next(iter(getattr(found, key) or ()), None)
+
+
+@contextlib.contextmanager
+def _taken_back() -> Iterator[contextlib.ExitStack]:
+    """Undo on a refusal; a request that got no answer may have started a run of what was made."""
+    undo = contextlib.ExitStack()
+    try:
+        yield undo
+    except (ApiException, FilterpressError):
+        undo.close()
+        raise
 
 
 def _later(undo: contextlib.ExitStack, remove: Callable[..., Any], *which: str) -> None:
@@ -268,7 +289,10 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Client, str]]:
         message = _refusal(cluster, error.status, error.body, error.reason)
         raise FilterpressError(message) from error
     except (HTTPError, OSError) as error:
-        raise FilterpressError(f"{host} does not answer: {error}") from error
+        raise FilterpressError(
+            f"{host} does not answer any more: {error}; look in the UI for what was begun, then "
+            "try again"
+        ) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -278,7 +302,8 @@ def _knock(cluster: Cluster) -> bool:
     host = cluster.host.rstrip("/")
     request = urllib.request.Request(f"{host}/apis/v2beta1/healthz")
     if cluster.token:
-        request.add_header("Authorization", f"Bearer {cluster.token}")
+        # Not sent on to a login elsewhere.
+        request.add_unredirected_header("Authorization", f"Bearer {cluster.token}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             return bool(json.load(answer).get("multi_user"))

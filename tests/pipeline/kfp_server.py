@@ -41,11 +41,15 @@ class KfpServer:
         multi_user: Whether there are namespaces.
         asked: Every request, as method and path.
         page: What is answered to everything, such as the page of a login; empty for the API.
+        elsewhere: Address that every request is sent on to; empty for none.
+        silent: Verb and kind that are done and then not answered.
+        tokens: What every request showed as its right.
     """
 
     def __init__(self):
         self.found = {kind: [] for kind in ID}
         self.forbidden, self.multi_user, self.asked, self.page = set(), True, [], ""
+        self.elsewhere, self.silent, self.tokens = "", set(), []
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.host = f"http://127.0.0.1:{self._server.server_port}"
@@ -78,9 +82,7 @@ class KfpServer:
             return refused.code, {"code": refused.code, "message": str(refused), "details": []}
 
     def _object(self, method, path, query, headers, body):
-        verb, kind = VERBS[method], path[2] if len(path) > 2 else path[0]
-        if path == ["pipelines", "upload_version"]:
-            kind = "versions"
+        verb, kind = self._wanted(method, path)
         if (verb, kind) in self.forbidden:
             raise RefusedError(403, f"may not {verb} {kind}")
         if query.get("namespace") and not self.multi_user:
@@ -96,6 +98,12 @@ class KfpServer:
             return self._at(kind, path[-1])
         parent = {"pipeline_id": path[1]} if kind == "versions" else {}
         return {KEYS.get(kind, kind): self._matching(kind, query, parent)}
+
+    @staticmethod
+    def _wanted(method, path):
+        if path == ["pipelines", "upload_version"]:
+            return "create", "versions"
+        return VERBS[method], path[2] if len(path) > 2 else path[0]
 
     def _matching(self, kind, query, parent):
         wanted = dict(parent)
@@ -146,8 +154,20 @@ class KfpServer:
 
             def _do(self):
                 sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                server.asked.append((self.command, urlsplit(self.path).path))
+                path = urlsplit(self.path).path
+                server.asked.append((self.command, path))
+                server.tokens.append(self.headers.get("Authorization"))
+                if server.elsewhere:
+                    self.send_response(302)
+                    self.send_header("Location", server.elsewhere)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 status, found = server.answer(self.command, self.path, self.headers, sent)
+                below = path.removeprefix("/apis/v2beta1/").split("/")
+                if server._wanted(self.command, below) in server.silent:
+                    self.close_connection = True
+                    return
                 kind = "text/html" if server.page else "application/json"
                 data = (server.page or json.dumps(found)).encode()
                 self.send_response(200 if server.page else status)

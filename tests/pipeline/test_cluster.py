@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 
 import pipeline
 from components._cron import check_cron
+from components._ir import check_image
 from tests.pipeline.kfp_server import NAMESPACE, TOKEN, KfpServer
 
 SMALL = ["--max-rounds", "1", "--max-retrains", "0", "--size-tries", "1"]
+IMAGE = "registry.example/filterpress-python@sha256:" + "0" * 64
 KINDS = ["pipelines", "versions", "experiments", "runs", "recurringruns"]
 
 
@@ -28,7 +30,7 @@ def call(kfp, tmp_path):
     def call(command, *flags, host=kfp.host, namespace=NAMESPACE):
         where = ["--host", host, "--namespace", namespace]
         where += ["--token-file", str(tmp_path / "token")]
-        return CliRunner().invoke(pipeline.app, [command, *where, *SMALL, *flags])
+        return CliRunner().invoke(pipeline.app, [command, *where, *SMALL, "--image", IMAGE, *flags])
 
     return call
 
@@ -68,8 +70,7 @@ def test_the_same_pipeline_is_uploaded_once_and_another_one_beside_it(kfp, call)
     for _ in range(2):
         assert call("submit").exit_code == 0
     assert made(kfp) | {"runs": 0} == dict.fromkeys(KINDS[:3], 1) | {"runs": 0, "recurringruns": 0}
-    image = "registry/filterpress-python@sha256:" + "0" * 64
-    assert call("submit", "--image", image).exit_code == 0
+    assert call("submit", "--image", IMAGE.replace("0", "1")).exit_code == 0
     assert made(kfp)["versions"] == 2
     assert len(set(kfp.names("versions"))) == 2
     assert made(kfp)["pipelines"] == 1
@@ -158,6 +159,80 @@ def test_a_login_before_the_api_is_one_line(kfp, call):
     assert "answers with a page, not as the API of KFP" in complaint(call("submit"))
 
 
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 2 * * *"]])
+@pytest.mark.parametrize(
+    "image",
+    [
+        "filterpress-python:0.1.0",
+        "registry.example/filterpress-python@sha256:12",
+        "registry.example/filterpress-python@sha256:" + "G" * 64,
+        "registry.example/Filterpress@sha256:" + "0" * 64,
+        "https://registry.example/filterpress-python@sha256:" + "0" * 64,
+        "two words@sha256:" + "0" * 64,
+        "@sha256:" + "0" * 64,
+    ],
+)
+def test_an_image_that_a_cluster_cannot_pull_is_one_line_and_the_cluster_is_not_asked(
+    kfp, call, command, image
+):
+    line = complaint(call(*command, "--image", image))
+    assert "image must be a repository and a digest, registry.example/filterpress-python@" in line
+    assert line.endswith(f"got {image!r}")
+    assert kfp.asked == []
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 2 * * *"]])
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--max-size", "12 y"], "max_size must be"),
+        (["--prune-config", '{"method": "nosuch"}'], "method must be"),
+        (["--store", "gs://bucket/models"], "keys must name the folder of signing keys for gs://"),
+    ],
+)
+def test_what_a_step_would_refuse_is_refused_before_the_cluster_is_asked(
+    kfp, call, command, flags, rule
+):
+    assert rule in complaint(call(*command, *flags))
+    assert kfp.asked == []
+
+
+@pytest.mark.parametrize(
+    "image", ["a", "a.b/c", "localhost:5000/a/b_c-d", "registry.example/a--b/c__d:v1.0"]
+)
+def test_an_image_with_a_digest_is_taken(image):
+    check_image(f"{image}@sha256:{'0' * 64}")
+
+
+def test_what_got_no_answer_may_run_and_is_left_as_it_is(kfp, call):
+    kfp.silent = {("create", "runs")}
+    line = complaint(call("submit"))
+    assert f"{kfp.host} does not answer any more: " in line
+    assert "look in the UI for what was begun, then try again" in line
+    assert made(kfp) == dict.fromkeys(KINDS[:4], 1) | {"recurringruns": 0}
+
+
+def test_a_token_is_not_sent_on_to_a_login_elsewhere(kfp, call):
+    login = KfpServer()
+    try:
+        login.page, kfp.elsewhere = "<html>Log in</html>", login.host
+        assert "answers with a page, not as the API of KFP" in complaint(call("submit"))
+    finally:
+        login.close()
+    assert kfp.tokens == [f"Bearer {TOKEN}"]
+    assert login.tokens == [None]
+
+
+@pytest.mark.parametrize("text", ["ey1\ney2", "ey1 ey2", "ey\u2026"])
+def test_a_file_that_is_no_token_is_one_line_without_what_is_in_it(kfp, call, tmp_path, text):
+    (tmp_path / "token").write_text(text, encoding="utf-8")
+    line = complaint(call("submit"))
+    assert (
+        line == f"error: token_file must hold one token and nothing else, got {tmp_path / 'token'}"
+    )
+    assert kfp.asked == []
+
+
 def test_a_token_file_that_is_missing_is_one_line(call, tmp_path):
     (tmp_path / "token").unlink()
     assert "No such file or directory" in complaint(call("submit"))
@@ -185,6 +260,23 @@ def test_a_schedule_is_shown_changed_and_removed(kfp, call):
     assert not kfp.found["recurringruns"]
 
 
+@pytest.mark.parametrize(
+    ("reference", "version"),
+    [
+        (None, "its own"),
+        ({"pipeline_id": "pipelines-2"}, "the newest"),
+        ({"pipeline_id": "pipelines-2", "pipeline_version_id": "gone"}, "deleted"),
+    ],
+)
+def test_a_schedule_that_somebody_set_in_the_ui_is_shown_too(kfp, call, reference, version):
+    call("schedule", "--cron", "0 2 * * *")
+    (schedule,) = kfp.found["recurringruns"]
+    schedule["pipeline_version_reference"] = reference
+    del schedule["runtime_config"]
+    (row,) = shown(call)
+    assert (row["version"], row["parameters"]) == (version, "")
+
+
 def test_a_schedule_of_another_experiment_stays(kfp, call):
     for experiment in ("one", "two"):
         call("schedule", "--cron", "0 2 * * *", "--experiment", experiment)
@@ -199,7 +291,7 @@ def test_a_schedule_that_cannot_be_changed_stays_as_it_was(kfp, call, denied):
     call("schedule", "--cron", "0 2 * * *")
     before = made(kfp)
     kfp.forbidden = {denied}
-    line = complaint(call("schedule", "--cron", "30 4 * * *", "--image", "other@sha256:1"))
+    line = complaint(call("schedule", "--cron", "30 4 * * *", "--image", IMAGE.replace("0", "1")))
     assert f"(403 may not {' '.join(denied)})" in line
     assert "0 0 2 * * *" in [
         r["trigger"]["cron_schedule"]["cron"] for r in kfp.found["recurringruns"]
@@ -221,6 +313,7 @@ def test_a_schedule_that_cannot_be_changed_stays_as_it_was(kfp, call, denied):
         ("0 */0 * * *", "hour of cron must be"),
         ("0 2 * * MON", "weekday of cron must be"),
         ("0 -1 * * *", "hour of cron must be"),
+        ("0 \u0662 * * *", "hour of cron must be"),
     ],
 )
 def test_a_wrong_line_of_cron_is_one_line_and_the_cluster_is_not_asked(kfp, call, line, rule):
