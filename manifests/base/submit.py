@@ -1,7 +1,8 @@
 """Start a run of the version of the pipeline that git names: what the CronJob does.
 
-A job starts one run, however often its pod is tried: a run is named after its job. Python is all it
-needs; the image of the steps has no client of KFP.
+A job starts one run, however often its pod is tried: a run has the name of its job and the
+beginning of its UID, for names come again. Python is all it needs; the image of the steps has no
+client of KFP.
 """
 
 import json
@@ -34,8 +35,10 @@ class Api:
         request = urllib.request.Request(
             f"{self.host}/apis/v2beta1/{path}?{urllib.parse.urlencode(query)}",
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
+            headers={"Content-Type": "application/json"},
         )
+        # Not sent on to a login elsewhere.
+        request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
                 return json.load(answer)
@@ -121,7 +124,8 @@ def main() -> int:
         token = (Path(given.get("TOKENS", TOKENS)) / "token").read_text().strip()
         parameters = json.loads((files / "parameters.json").read_text())
         api = Api(given["HOST"], given["NAMESPACE"], token)
-        run = start(api, given["VERSION"], given["RUN"], given["SERVICE_ACCOUNT"], parameters)
+        name = f"{given['JOB']}-{given['JOB_UID'][:8]}"
+        run = start(api, given["VERSION"], name, given["SERVICE_ACCOUNT"], parameters)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

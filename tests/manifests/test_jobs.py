@@ -41,8 +41,12 @@ def job(kfp, tmp_path):
     def tried(**environment):
         given = {
             **{"FILES": str(tmp_path), "TOKENS": str(tmp_path), "HOST": kfp.host},
-            **{"VERSION": VERSION, "RUN": "nightly-1", "NAMESPACE": NAMESPACE},
-            **{"SERVICE_ACCOUNT": "filterpress-run", "PATH": os.environ["PATH"]},
+            **{"VERSION": VERSION, "JOB": "nightly-1", "JOB_UID": "3f2a9c1b-d4e5"},
+            **{
+                "NAMESPACE": NAMESPACE,
+                "SERVICE_ACCOUNT": "filterpress-run",
+                "PATH": os.environ["PATH"],
+            },
         }
         return subprocess.run(
             [sys.executable, "-IS", FOLDER / "base" / "submit.py"],
@@ -74,9 +78,26 @@ def test_a_job_starts_a_run_of_the_version_in_git_with_its_parameters(kfp, job):
 
 def test_a_job_that_is_tried_again_starts_no_second_run_and_the_next_job_does(kfp, job):
     assert job().stdout == job().stdout != ""
-    assert job(RUN="nightly-2").returncode == 0
-    assert kfp.names("runs") == ["nightly-1", "nightly-2"]
+    assert job(JOB="nightly-2").returncode == 0
+    assert kfp.names("runs") == ["nightly-1-3f2a9c1b", "nightly-2-3f2a9c1b"]
     assert len(kfp.found["experiments"]) == 1
+
+
+def test_a_job_that_was_deleted_and_made_anew_under_its_name_starts_a_run(kfp, job):
+    first, second = job(JOB="now-1"), job(JOB="now-1", JOB_UID="77aa01c2-d4e5")
+    assert first.stdout != second.stdout
+    assert kfp.names("runs") == ["now-1-3f2a9c1b", "now-1-77aa01c2"]
+
+
+def test_a_token_is_not_sent_on_to_a_login_elsewhere(kfp, job):
+    login = KfpServer()
+    try:
+        login.page, kfp.elsewhere = "<html>Log in</html>", login.host
+        assert "does not answer as KFP does; check HOST" in complaint(job())
+    finally:
+        login.close()
+    assert kfp.tokens == [f"Bearer {TOKEN}"]
+    assert login.tokens == [None]
 
 
 def test_an_installation_for_one_user_is_asked_for_no_namespace(kfp, job):
@@ -127,6 +148,7 @@ def test_a_schedule_starts_the_version_of_its_own_environment(environment):
     told = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert told["VERSION"] == one(overlay(environment), "PipelineVersion")["metadata"]["name"]
     assert told["SERVICE_ACCOUNT"] == "filterpress-run"
+    assert told.keys() >= {"HOST", "NAMESPACE", "JOB", "JOB_UID"}
     assert re.search("@sha256:[0-9a-f]{64}$", container["image"])
 
 
@@ -179,6 +201,16 @@ def test_no_job_waits_for_a_sidecar_to_end():
     for job in jobs:
         labels = job["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
         assert labels["sidecar.istio.io/inject"] == "false"
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_schedule_changes_after_its_version_is_there_and_git_says_if_it_is_paused(environment):
+    wave = "argocd.argoproj.io/sync-wave"
+    job = one(overlay(environment), "CronJob", "filterpress-submit")
+    version = one(overlay(environment), "PipelineVersion")
+    waves = [int(found["metadata"]["annotations"][wave]) for found in (version, job)]
+    assert waves[0] < waves[1]
+    assert job["spec"]["suspend"] == (environment == "dev")
 
 
 def test_nobody_may_read_a_secret_and_no_right_is_a_wildcard():

@@ -1,10 +1,12 @@
 """The manifests as a cluster gets them: valid on old and new Kubernetes, and in their place."""
 
 import json
+import shutil
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.manifests.rendering import ENVIRONMENTS, FOLDER, one, overlay, render
 from tests.manifests.schemas import VERSIONS, check
@@ -40,8 +42,22 @@ def test_a_field_that_a_resource_does_not_have_is_refused():
 @pytest.mark.parametrize("kind", ["Pipeline", "PipelineVersion"])
 def test_what_runs_point_to_outlives_its_place_in_git(kind):
     annotations = one(overlay("prod"), kind)["metadata"]["annotations"]
-    assert annotations["argocd.argoproj.io/sync-options"] == "Prune=false"
+    assert annotations["argocd.argoproj.io/sync-options"] == "Prune=false,Delete=false"
     assert annotations["kustomize.toolkit.fluxcd.io/prune"] == "disabled"
+
+
+def test_a_prefix_and_a_suffix_change_every_name_and_what_points_to_it(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "manifests")
+    renamed = {"resources": ["manifests/overlays/dev"], "namePrefix": "a-", "nameSuffix": "-b"}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(renamed))
+    found = render(tmp_path)
+    assert one(found, "PipelineVersion")["spec"]["pipelineName"] == "a-filterpress-b"
+    assert one(found, "Pipeline")["metadata"]["name"] == "a-filterpress-b"
+    accounts = {r["metadata"]["name"] for r in found if r["kind"] == "ServiceAccount"}
+    job = one(found, "CronJob", "a-filterpress-submit")["spec"]["jobTemplate"]["spec"]["template"]
+    told = {e["name"]: e.get("value") for e in job["spec"]["containers"][0]["env"]}
+    assert {told["SERVICE_ACCOUNT"], job["spec"]["serviceAccountName"]} <= accounts
+    assert told["VERSION"] == one(found, "PipelineVersion")["spec"]["displayName"]
 
 
 def test_the_pipeline_comes_before_its_version():
