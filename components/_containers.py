@@ -31,7 +31,8 @@ def find(image: str) -> Image:
         image: Name with tag or digest.
 
     Raises:
-        FilterpressError: There is no such image here, no engine, or no package to ask one with.
+        FilterpressError: There is no such image here, it can be none, or no engine or no package to
+            ask one with is there.
     """
     try:
         import docker
@@ -42,6 +43,8 @@ def find(image: str) -> Image:
             found = client.images.get(image)
     except docker.errors.ImageNotFound:
         raise FilterpressError(f"image {image} is not here: build or pull it first") from None
+    except docker.errors.APIError as error:
+        raise FilterpressError(f"the engine refuses image {image!r}: {error.explanation}") from None
     except docker.errors.DockerException as error:
         raise FilterpressError(f"no container engine answers: {error}") from None
     listed = [*found.tags, *found.attrs["RepoDigests"]]

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 
 import pytest
@@ -142,6 +144,57 @@ def test_the_image_is_not_run_by_root_and_computes_on_a_read_only_file_system(in
 def test_without_the_package_docker_its_name_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "docker", None)
     with pytest.raises(FilterpressError, match="pip install docker"):
+        _containers.find("any")
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stand in for an engine that knows no image: its address, and what it says to a bad name."""
+    pytest.importorskip("docker")
+
+    class Engine(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answers = {
+                "/version": (200, {"ApiVersion": "1.41"}),
+                "/v1.41/images/nosuch:1/json": (404, {"message": "No such image: nosuch:1"}),
+            }
+            invalid = 404, {"message": "invalid reference format"}
+            status, said = answers.get(self.path, invalid)
+            data = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("image", "line"),
+    [
+        ("nosuch:1", "image nosuch:1 is not here: build or pull it first"),
+        ("two words", "the engine refuses image 'two words': invalid reference format"),
+    ],
+)
+@pytest.mark.usefixtures("engine")
+def test_an_image_that_is_not_here_or_cannot_be_is_one_line(image, line):
+    with pytest.raises(FilterpressError, match=f"^{line}$"):
+        _containers.find(image)
+
+
+def test_an_engine_that_does_not_answer_is_one_line(engine, monkeypatch):
+    engine.server_close()
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+    with pytest.raises(FilterpressError, match=r"^no container engine answers: "):
         _containers.find("any")
 
 
