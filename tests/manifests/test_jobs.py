@@ -17,7 +17,7 @@ from components._cron import check_cron
 from filterpress.__main__ import app
 from filterpress.budget import check_spelling
 from tests.manifests.rendering import ENVIRONMENTS, FOLDER, one, overlay
-from tests.pipeline.kfp_server import NAMESPACE, TOKEN, KfpServer
+from tests.pipeline.kfp_server import NAMESPACE, TOKEN, VERBS, KfpServer
 
 VERSION = "filterpress-0-1-0-0123456789"
 SPEC = {"root": {"inputDefinitions": {"parameters": {"max_size": {}, "seed": {}}}}}
@@ -238,6 +238,22 @@ def test_every_account_has_the_rights_that_its_work_takes():
     document = (FOLDER.parent / "docs" / "publishing.md").read_text()
     written = re.findall(r"- \{apiGroups.*\}", document)
     assert rules == [yaml.safe_load(line)[0] for line in written]
+
+
+def test_the_rights_of_the_submitter_are_all_that_it_takes_to_start_a_run_and_no_more(kfp, job):
+    kinds = {"pipelines": "pipelines", "versions": "pipelines"} | {
+        k: k for k in ("experiments", "runs")
+    }
+    rules = one(overlay("prod"), "Role", "filterpress-submit")["rules"]
+    granted = {
+        (verb, kind) for rule in rules for kind in rule["resources"] for verb in rule["verbs"]
+    }
+    wanted = {(verb, kind) for verb in VERBS.values() for kind in kinds}
+    for number, missing in enumerate([None, *sorted(granted)]):
+        kfp.found["experiments"].clear()
+        kfp.forbidden = {(v, k) for v, k in wanted if (v, kinds[k]) not in granted - {missing}}
+        done = job(JOB=f"nightly-{number}")
+        assert (done.returncode == 0) == (missing is None), missing
 
 
 def test_a_policy_of_the_network_holds_for_the_pods_of_every_job():
