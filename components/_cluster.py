@@ -5,8 +5,10 @@ it is refused, it takes back; where there is no answer, what was asked for may h
 """
 
 import contextlib
+import http.client
 import io
 import json
+import re
 import socket
 import tempfile
 import urllib.error
@@ -29,6 +31,9 @@ from components._manifests import read_ir, version_name
 from filterpress.errors import FilterpressError
 
 TIMEOUT_SECONDS = 20
+_ADDRESS = re.compile(
+    r"https?://(?:\[[0-9a-fA-F:]+\]|[a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)(?::[0-9]{1,5})?(?:/[!-~]*)?"
+)
 
 
 class Cluster(NamedTuple):
@@ -276,7 +281,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Client, str]]:
     Yields the client, and the namespace, which is empty on a cluster without users.
     """
     host, token = cluster.host.rstrip("/"), cluster.token
-    if not host.startswith(("http://", "https://")):
+    if not _ADDRESS.fullmatch(host):
         raise ValueError(f"host must be an address like http://localhost:8888, got {host!r}")
     namespace = cluster.namespace if _knock(cluster) else ""
     before = socket.getdefaulttimeout()
@@ -315,10 +320,10 @@ def _knock(cluster: Cluster) -> bool:
             f"{host} does not answer: {reason}; check --host, or forward a port to it: "
             "kubectl port-forward -n kubeflow svc/ml-pipeline 8888"
         ) from error
-    except ValueError as error:
+    except (ValueError, http.client.HTTPException) as error:
         raise FilterpressError(
-            f"{host} answers with a page, not as the API of KFP: where there is a login before it, "
-            "give --token-file"
+            f"{host} answers, but not as the API of KFP: check the port of --host, and where there "
+            "is a login before it, give --token-file"
         ) from error
 
 

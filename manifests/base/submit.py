@@ -5,6 +5,7 @@ beginning of its UID, for names come again. Python is all it needs; the image of
 client of KFP.
 """
 
+import http.client
 import json
 import os
 import sys
@@ -47,7 +48,7 @@ class Api:
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise RuntimeError(f"{self.host} does not answer: {reason}; check HOST") from error
-        except ValueError as error:
+        except (ValueError, http.client.HTTPException) as error:
             raise RuntimeError(f"{self.host} does not answer as KFP does; check HOST") from error
 
     def find(self, path: str, name: str, **query: str) -> dict[str, Any] | None:

@@ -138,8 +138,12 @@ def test_a_host_that_does_not_answer_as_kfp_does_is_one_line(kfp, job):
         closed.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{closed.getsockname()[1]}"
         assert f"{host} does not answer: [Errno 111]" in complaint(job(HOST=host))
+    line = "does not answer as KFP does; check HOST"
+    assert line in complaint(job(HOST="http://a:x"))
     kfp.page = "<html>Log in</html>"
-    assert "does not answer as KFP does; check HOST" in complaint(job())
+    assert line in complaint(job())
+    kfp.raw = b"\x00\x00\x18\x04\n"  # of a gRPC server
+    assert line in complaint(job())
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)

@@ -41,6 +41,7 @@ class KfpServer:
         multi_user: Whether there are namespaces.
         asked: Every request, as method and path.
         page: What is answered to everything, such as the page of a login; empty for the API.
+        raw: Bytes that are answered to everything in place of HTTP.
         elsewhere: Address that every request is sent on to; empty for none.
         silent: Verb and kind that are done and then not answered.
         tokens: What every request showed as its right.
@@ -49,6 +50,7 @@ class KfpServer:
     def __init__(self):
         self.found = {kind: [] for kind in ID}
         self.forbidden, self.multi_user, self.asked, self.page = set(), True, [], ""
+        self.raw = b""
         self.elsewhere, self.silent, self.tokens = "", set(), []
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -157,6 +159,10 @@ class KfpServer:
                 path = urlsplit(self.path).path
                 server.asked.append((self.command, path))
                 server.tokens.append(self.headers.get("Authorization"))
+                if server.raw:
+                    self.wfile.write(server.raw)
+                    self.close_connection = True
+                    return
                 if server.elsewhere:
                     self.send_response(302)
                     self.send_header("Location", server.elsewhere)

@@ -151,12 +151,31 @@ def test_a_host_that_does_not_answer_is_one_line(call, command):
         host = f"http://127.0.0.1:{closed.getsockname()[1]}"
         line = complaint(call(*command, host=host))
     assert f"{host} does not answer: [Errno 111] Connection refused; check --host" in line
-    assert "host must be an address" in complaint(call(*command, host="localhost:8888"))
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8888", "http://", "http://a:b", "http://a b", "http://a..b", "ftp://a"]
+)
+def test_an_address_that_is_none_is_one_line(call, host):
+    assert "host must be an address like http://localhost:8888" in complaint(
+        call("schedule", host=host)
+    )
+
+
+@pytest.mark.parametrize("host", ["http://[::1]:1", "http://127.0.0.1:1/pipeline/", "http://a_b:1"])
+def test_an_address_that_is_one_is_tried(call, host):
+    assert "does not answer: " in complaint(call("schedule", host=host))
+
+
+def test_a_port_of_something_else_is_one_line(kfp, call):
+    kfp.raw = b"\x00\x00\x18\x04\n"  # of a gRPC server
+    line = complaint(call("submit"))
+    assert f"{kfp.host} answers, but not as the API of KFP: check the port of --host" in line
 
 
 def test_a_login_before_the_api_is_one_line(kfp, call):
     kfp.page = "<html>Log in</html>"
-    assert "answers with a page, not as the API of KFP" in complaint(call("submit"))
+    assert "answers, but not as the API of KFP" in complaint(call("submit"))
 
 
 @pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 2 * * *"]])
@@ -216,7 +235,7 @@ def test_a_token_is_not_sent_on_to_a_login_elsewhere(kfp, call):
     login = KfpServer()
     try:
         login.page, kfp.elsewhere = "<html>Log in</html>", login.host
-        assert "answers with a page, not as the API of KFP" in complaint(call("submit"))
+        assert "answers, but not as the API of KFP" in complaint(call("submit"))
     finally:
         login.close()
     assert kfp.tokens == [f"Bearer {TOKEN}"]
