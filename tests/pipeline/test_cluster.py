@@ -333,6 +333,8 @@ def test_a_schedule_that_cannot_be_changed_stays_as_it_was(kfp, call, denied):
         ("0 2 * * MON", "weekday of cron must be"),
         ("0 -1 * * *", "hour of cron must be"),
         ("0 \u0662 * * *", "hour of cron must be"),
+        ("0 2 30 2 *", "day of cron must be one that its months have, got '0 2 30 2 *'"),
+        ("0 2 31 4-6/2,11 *", "day of cron must be one that its months have"),
     ],
 )
 def test_a_wrong_line_of_cron_is_one_line_and_the_cluster_is_not_asked(kfp, call, line, rule):
@@ -340,7 +342,13 @@ def test_a_wrong_line_of_cron_is_one_line_and_the_cluster_is_not_asked(kfp, call
     assert kfp.asked == []
 
 
-@pytest.mark.parametrize("line", ["0 2 * * *", "*/15 0-6,22 1 1-12/2 0", "5,10-20/5 * * * 6"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("0 2 * * *", "*/15 0-6,22 1 1-12/2 0", "5,10-20/5 * * * 6", "0 2 29 2 *"),
+        *("0 2 31 4/3 *", "0 2 31 2,3 *", "0 2 28,30 2 *", "0 2 30 2 1"),
+    ],
+)
 def test_a_right_line_of_cron_is_taken(line):
     check_cron(line)
 
