@@ -19,53 +19,49 @@ nothing left to do copies its package.
 """
 
 import inspect
-import re
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
-from kfp import compiler, dsl, kubernetes
+from kfp import compiler, dsl
 from kfp.dsl.graph_component import GraphComponent
-from kfp.dsl.pipeline_task import PipelineTask
 
 from components import IMAGE
-from components._cluster import Cluster, read_schedule, remove_schedule, send, set_schedule
+from components._cluster import read_schedule, remove_schedule, send, set_schedule
+from components._flags import (
+    Here,
+    Image,
+    Out,
+    Tries,
+    check_parameters,
+    check_sizes,
+    connect,
+    split,
+)
 from components._ir import check_image, pin, settle_names
 from components._lint import check
 from components._local import on_this_machine
 from components._local import run as run_locally
+from components._local import sweep as sweep_locally
 from components._manifests import write
-from components._placing import LOCAL, ON_A_CLUSTER, Policy, check_amounts
+from components._placing import LOCAL, ON_A_CLUSTER, Policy, check_amounts, policy_of
 from components._placing import PARAMETERS as CLUSTER_ONLY
 from components._rounds import call, make_retrain_loop, make_round
+from components._stairs import Stairs, add_level
+from components._sweep import build_sweep
 from components.check import check as check_settings
-from components.give_up import give_up
 from components.prune import prune
-from components.publish import publish
 from components.report import report
 from components.search import search
 from components.train import train
-from filterpress import files, stages, terminal
-from filterpress.budget import check_spelling
+from filterpress import files, terminal
 from filterpress.flags import Debug, Json, with_flags_of
 from filterpress.release.keys import keys_for
+from filterpress.reporting import tried
 
 NAME = "filterpress"
 ROUNDS, SIZE_TRIES, RETRAINS = 3, 2, 2
-#: Where a cluster shows the step that signs its keys, if it has any.
-KEYS_SECRET, KEYS_FOLDER = "filterpress-publish-keys", "/etc/filterpress/keys"
-
-
-class Stairs(NamedTuple):
-    """The sub-pipelines of the rounds, from the first; KFP wants them made before the pipeline.
-
-    ``size_tries`` is the number of pairs of cluster and reduce in each.
-    """
-
-    size_tries: int
-    rounds: list[GraphComponent]
-    retrain_loops: list[GraphComponent]  # empty without retrains
 
 
 def build(
@@ -171,7 +167,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         """
         given = {**locals(), "policy": policy, "size_tries": stairs.size_tries}
         with dsl.ExitHandler(call(report, given), name="run"):
-            checked = call(check_settings, given)
+            checked = call(check_settings, given, sizes=[])
             trained = call(train, given, config=train_config).after(checked).outputs["trained"]
             pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
             given["trained"] = trained
@@ -181,58 +177,6 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
     return pipeline
 
 
-def add_level(given: dict[str, Any], stairs: Stairs, package: Any, state: Any, number: int) -> None:
-    """Add a round to the pipeline that is being defined, and all that may follow it.
-
-    Args:
-        given: Parameters of the pipeline, and the trained network.
-        stairs: Sub-pipelines.
-        package: Package that the round starts from.
-        state: Whether its file fits.
-        number: Number of the round, from 1.
-    """
-    smaller = call(stairs.rounds[number - 1], given, model=package, state=state)
-    if not stairs.retrain_loops:
-        add_outcomes(given, stairs, smaller, number)
-        return
-    add_publication(given, smaller)
-    with dsl.If(smaller.outputs["Output"] == "retrain", name=f"retrain-{number}"):
-        loop = stairs.retrain_loops[number - 1]
-        accurate = call(loop, given, model=smaller.outputs["model"])
-        add_outcomes(given, stairs, accurate, number)
-    add_failure(given, smaller, unless="retrain")
-
-
-def add_outcomes(given: dict[str, Any], stairs: Stairs, decided: PipelineTask, number: int) -> None:
-    """Add what may follow the last measurement of a round: publish, the next round, or give up."""
-    add_publication(given, decided)
-    if number == len(stairs.rounds):
-        with dsl.If(decided.outputs["Output"] != "publish", name="give-up"):
-            call(give_up, given, model=decided.outputs["model"])
-        return
-    with dsl.If(decided.outputs["Output"] == "next", name=f"round-{number + 1}"):
-        add_level(given, stairs, decided.outputs["model"], "too-big", number + 1)
-    add_failure(given, decided, unless="next")
-
-
-def add_publication(given: dict[str, Any], decided: PipelineTask) -> None:
-    """Add the publication of what was decided to be published."""
-    with dsl.If(decided.outputs["Output"] == "publish", name="publish"):
-        model, run = decided.outputs["model"], dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        published = call(publish, given, model=model, run=run)
-        kubernetes.use_secret_as_volume(published, KEYS_SECRET, KEYS_FOLDER, optional=True)
-
-
-def add_failure(given: dict[str, Any], decided: PipelineTask, unless: str) -> None:
-    """Add the end of a run in which neither publication nor the one other branch was decided."""
-    decision = decided.outputs["Output"]
-    with (
-        dsl.If(decision != "publish", name="not-published"),
-        dsl.If(decision != unless, name="give-up"),
-    ):
-        call(give_up, given, model=decided.outputs["model"])
-
-
 app = typer.Typer(
     help=__doc__.partition("\n")[0],
     no_args_is_help=True,
@@ -240,24 +184,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Tries = Annotated[int, typer.Option(help="Pairs of cluster and reduce in a round.")]
 COMPILED = Path(__file__).with_name("manifests") / "pipeline.yaml"
 PARAMETERS = build(rounds=1, size_tries=1, retrains=0).pipeline_func
+SWEEP = build_sweep(size_tries=1).pipeline_func
 
 
 @app.command("compile")
+@with_flags_of(policy_of)
 def compile_(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = COMPILED,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Several sizes in one run.")] = False,
     rounds: Annotated[int, typer.Option(help="Most rounds of a run.")] = ROUNDS,
     size_tries: Tries = SIZE_TRIES,
     retrains: Annotated[int, typer.Option(help="Most retrains in a round.")] = RETRAINS,
     image: Annotated[str, typer.Option(help="Image of every step, pinned by digest.")] = "",
     debug: Debug = False,
+    **given: Any,
 ) -> None:
     """Compile the pipeline to one file, and check it."""
     with terminal.polite(debug):
-        pipeline = build(rounds, size_tries, retrains)
+        policy = policy_of(**given)
+        if sweep:
+            pipeline = build_sweep(size_tries, retrains, policy)
+        else:
+            pipeline = build(rounds, size_tries, retrains, policy)
         if image:
             check_image(image)
             pin(pipeline, image)
@@ -293,13 +244,34 @@ def lint(
 
 
 @app.command()
+@with_flags_of(SWEEP, without=CLUSTER_ONLY, grouped=True)
+def sweep(
+    *,
+    out: Out,
+    image: Here = "",
+    size_tries: Tries = SIZE_TRIES,
+    json: Json = False,
+    debug: Debug = False,
+    **parameters: Any,
+) -> None:
+    """Compress to several sizes on this machine, and draw accuracy against size."""
+    with terminal.polite(debug):
+        check_sizes(parameters)
+        arguments = on_this_machine(parameters, out.resolve())
+        pipeline = build_sweep(size_tries, arguments["max_retrains"], LOCAL)
+        found = sweep_locally(pipeline, arguments, out.resolve(), image)
+    if json:
+        terminal.show(found, json)
+    else:
+        terminal.show_table(found["html"], [tried(entry) for entry in found["tries"]])
+
+
+@app.command()
 @with_flags_of(PARAMETERS, without=CLUSTER_ONLY, grouped=True)
 def run(
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")],
-    image: Annotated[
-        str, typer.Option(help="Image of the containers that the steps run in; none: processes.")
-    ] = "",
+    out: Out,
+    image: Here = "",
     size_tries: Tries = SIZE_TRIES,
     json: Json = False,
     debug: Debug = False,
@@ -316,86 +288,83 @@ def run(
     terminal.show(found, json)
 
 
-Host = Annotated[str, typer.Option(help="Address of the KFP API, http://…")]
-Experiment = Annotated[str, typer.Option(help="Experiment of the runs.")]
-Namespace = Annotated[str, typer.Option(help="Namespace, where there are users.")]
-TokenFile = Annotated[
-    Path | None, typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token.")
-]
-Account = Annotated[str, typer.Option(help="Service account of the steps.")]
-Image = Annotated[str, typer.Option(help="Image of every step, pinned by digest.")]
+@app.command()
+@with_flags_of(PARAMETERS, grouped=True)
+@with_flags_of(policy_of)
+@with_flags_of(connect)
+def submit(
+    *, image: Image = IMAGE, size_tries: Tries = SIZE_TRIES, debug: Debug = False, **given: Any
+) -> None:
+    """Submit a run to a cluster; steps that it has done before are reused."""
+    parameters, how, where = split(given, PARAMETERS, policy_of, connect)
+    with terminal.polite(debug):
+        pipeline = build_for(parameters, size_tries, policy_of(**how), image)
+        address = send(pipeline, parameters, connect(**where))
+    print(address)
 
 
 @app.command()
-@with_flags_of(PARAMETERS, grouped=True)
-def submit(
-    *,
-    host: Host,
-    experiment: Experiment = NAME,
-    namespace: Namespace = "kubeflow",
-    token_file: TokenFile = None,
-    service_account: Account = "",
-    image: Image = IMAGE,
-    size_tries: Tries = SIZE_TRIES,
-    debug: Debug = False,
-    **parameters: Any,
+@with_flags_of(SWEEP, grouped=True)
+@with_flags_of(policy_of)
+@with_flags_of(connect)
+def submit_sweep(
+    *, image: Image = IMAGE, size_tries: Tries = SIZE_TRIES, debug: Debug = False, **given: Any
 ) -> None:
-    """Submit a run to a cluster; steps that it has done before are reused."""
+    """Submit a sweep to a cluster: several sizes in one run, and their curve."""
+    parameters, how, where = split(given, SWEEP, policy_of, connect)
     with terminal.polite(debug):
-        cluster = Cluster(host, experiment, namespace, read_token(token_file), service_account)
-        address = send(build_for(parameters, size_tries, image), parameters, cluster)
+        check_image(image)
+        check_amounts(parameters)
+        check_sizes(parameters)
+        pipeline = build_sweep(size_tries, parameters["max_retrains"], policy_of(**how))
+        address = send(pin(pipeline, image), parameters, connect(**where))
     print(address)
 
 
 @app.command()
 @with_flags_of(PARAMETERS, grouped=True)
+@with_flags_of(policy_of)
+@with_flags_of(connect)
 def schedule(
     *,
-    cron: Annotated[str, typer.Option(help="When runs start from now on: '0 2 * * *'.")] = "",
-    remove: Annotated[bool, typer.Option("--remove", help="Start no more.")] = False,
-    host: Host,
-    experiment: Experiment = NAME,
-    namespace: Namespace = "kubeflow",
-    token_file: TokenFile = None,
-    service_account: Account = "",
     image: Image = IMAGE,
     size_tries: Tries = SIZE_TRIES,
+    cron: Annotated[str, typer.Option(help="When runs start from now on: '0 2 * * *'.")] = "",
+    remove: Annotated[bool, typer.Option("--remove", help="Start no more.")] = False,
     json: Json = False,
     debug: Debug = False,
-    **parameters: Any,
+    **given: Any,
 ) -> None:
     """Show when a cluster starts runs; change it with --cron, end it with --remove."""
+    parameters, how, where = split(given, PARAMETERS, policy_of, connect)
     with terminal.polite(debug):
         if cron and remove:
             raise ValueError(f"remove must go without cron, got {cron!r}")
-        cluster = Cluster(host, experiment, namespace, read_token(token_file), service_account)
+        cluster = connect(**where)
         if cron:
-            set_schedule(build_for(parameters, size_tries, image), parameters, cron, cluster)
+            pipeline = build_for(parameters, size_tries, policy_of(**how), image)
+            set_schedule(pipeline, parameters, cron, cluster)
         if remove:
             remove_schedule(cluster)
         found = read_schedule(cluster)
         for row in found:
             row["parameters"] = settings(row["parameters"])
     if json or not found:
-        terminal.show({"experiment": experiment, "schedules": found or "none"}, json)
+        terminal.show({"experiment": cluster.experiment, "schedules": found or "none"}, json)
     else:
-        terminal.show_table(experiment, found)
+        terminal.show_table(cluster.experiment, found)
 
 
-def build_for(parameters: dict[str, Any], size_tries: int, image: str) -> GraphComponent:
+def build_for(
+    parameters: dict[str, Any], size_tries: int, policy: Policy, image: str
+) -> GraphComponent:
     """Build the pipeline for a cluster: as many rounds as are asked for, in one image."""
     check_image(image)
     check_parameters(parameters)
     check_amounts(parameters)
     keys_for(parameters["store"], parameters["keys"])
     bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
-    return pin(build(**bounds, size_tries=size_tries), image)
-
-
-def check_parameters(parameters: dict[str, Any]) -> None:
-    """Refuse parameters that a step would refuse, hours later perhaps."""
-    check_spelling(parameters["max_size"], parameters["min_accuracy"])
-    stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
+    return pin(build(**bounds, size_tries=size_tries, policy=policy), image)
 
 
 def settings(parameters: dict[str, Any]) -> str:
@@ -403,14 +372,6 @@ def settings(parameters: dict[str, Any]) -> str:
     known = inspect.signature(PARAMETERS).parameters
     told = [f"{k}={v}" for k, v in parameters.items() if k in known and v != known[k].default]
     return " ".join(told)
-
-
-def read_token(file: Path | None) -> str:
-    """Read a bearer token; without a file there is none."""
-    token = file.read_text(encoding="utf-8").strip() if file else ""
-    if not re.fullmatch("[!-~]*", token):  # as a header it would be refused, with its text
-        raise ValueError(f"token_file must hold one token and nothing else, got {file}")
-    return token
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Spec = dict[str, Any]
 #: Client-side apply keeps a whole manifest in an annotation of at most 262144 bytes.
 MAX_JSON_BYTES = 240_000
 
-_GROUPS = ("condition-", "exit-handler-")
+_GROUPS = ("condition-", "exit-handler-", "for-loop-")
 _NUMBER = re.compile(r"double\(|[=<>] -?\d")
 _CHANNEL = re.compile(r"pipelinechannel--(\w+)")
 _PARAMETER = re.compile(r"parameter_values\['([^']+)'\]")

@@ -75,18 +75,48 @@ def run(pipeline: GraphComponent, arguments: dict[str, Any], out: Path, image: s
         FilterpressError: The run ended without publishing for another reason.
     """
     steps: list[Step] = []
-
-    def note(step: Step) -> None:
-        steps.append(step)
-        tell(step)
-
     try:
-        execute(pipeline, arguments, out, note, image)
+        execute(pipeline, arguments, out, _noting(steps), image)
     finally:
         report = leave_results(steps, out)
     if "release" not in report:
         raise FilterpressError(f"the run ended without publishing; see {out / 'run.log'}")
     return report
+
+
+def sweep(
+    pipeline: GraphComponent, arguments: dict[str, Any], out: Path, image: str = ""
+) -> Report:
+    """Run a sweep on this machine, and tell on standard error what every step did.
+
+    Args:
+        pipeline: Sweep.
+        arguments: Its parameters; paths must be absolute.
+        out: Folder of the run, as for `run`.
+        image: Image of the containers that the steps run in; empty for processes.
+
+    Returns:
+        Report of the curve, with ``html``.
+
+    Raises:
+        FilterpressError: A step failed.
+    """
+    steps: list[Step] = []
+    execute(pipeline, arguments, out, _noting(steps), image)
+    page, report = out / "report.html", steps[-1].report
+    files.write(page, Path(steps[-1].outputs["page"].path).read_bytes())
+    files.write(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
+    return report | {"html": str(page)}
+
+
+def _noting(steps: list[Step]) -> Callable[[Step], None]:
+    """Make what keeps every step, and tells of it."""
+
+    def note(step: Step) -> None:
+        steps.append(step)
+        tell(step)
+
+    return note
 
 
 def execute(
@@ -237,12 +267,14 @@ def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
     """Make paths absolute: a step runs in a process and a folder of its own.
 
     Args:
-        parameters: Parameters as given; an empty store becomes a folder of the run.
+        parameters: Parameters as given; an empty store, if it has one, becomes a folder of the run.
         out: Folder of the run.
     """
-    here = dict(parameters, store=parameters["store"] or str(out / "release"))
+    here = dict(parameters)
+    if "store" in here:
+        here["store"] = here["store"] or str(out / "release")
     for name in ("weights", "data_dir", "store", "keys"):
-        if here[name] and "://" not in here[name]:
+        if here.get(name) and "://" not in here[name]:
             here[name] = str(Path(here[name]).resolve())
     return here
 

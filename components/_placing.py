@@ -18,7 +18,7 @@ PARAMETERS = ("cpu", "memory", "accelerator", "accelerators", "node_selector", "
 AMOUNT = re.compile(r"\d+(\.\d+)?([EPTGMk]i?|m)?")
 
 _TRAIN = ("train", "search", "retrain")
-_LIGHT = ("check", "give-up", "report")
+_LIGHT = ("check", "give-up", "report", "curve")
 _UNCACHED = ("publish", "give-up", "report")
 
 
@@ -32,17 +32,43 @@ class Policy(NamedTuple):
         pull_secrets: Names of Secrets that the image is pulled with.
         cache_evaluate: Whether a measurement may be taken from the cache. On a cluster a
             sub-pipeline that ends in a cached step is shown as running forever.
+        parallel: Sizes of a sweep that are worked on at once.
     """
 
     tries: int = 3
     hours: int = 24
     pull_secrets: Sequence[str] = ()
     cache_evaluate: bool = False
+    parallel: int = 4
 
 
 ON_A_CLUSTER = Policy()
 #: kfp.local shows no sub-pipelines, and a run that was killed goes on after its last measurement.
-LOCAL = Policy(tries=1, cache_evaluate=True)
+LOCAL = Policy(tries=1, cache_evaluate=True, parallel=1)
+
+
+def policy_of(
+    *,
+    tries: int = ON_A_CLUSTER.tries,
+    hours: int = ON_A_CLUSTER.hours,
+    parallel: int = ON_A_CLUSTER.parallel,
+    pull_secrets: list = [],  # noqa: B006 (of the flag, and never changed)
+) -> Policy:
+    """Say how steps are run on a cluster.
+
+    Args:
+        tries: Times that a step is tried.
+        hours: Time that a step may take.
+        parallel: Sizes of a sweep that are worked on at once.
+        pull_secrets: JSON list of the names of Secrets that the image is pulled with.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+    for name, value in (("tries", tries), ("hours", hours), ("parallel", parallel)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return Policy(tries, hours, tuple(pull_secrets), parallel=parallel)
 
 
 def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:

@@ -93,6 +93,7 @@ def make_retrain_loop(number: int, retrains: int, policy: Policy) -> GraphCompon
     def retrain_loop(
         model: dsl.Input[dsl.Model],
         trained: dsl.Input[dsl.Model],
+        decision: str,
         max_size: str,
         min_accuracy: str,
         max_rounds: int,
@@ -111,7 +112,6 @@ def make_retrain_loop(number: int, retrains: int, policy: Policy) -> GraphCompon
         tolerations: list,
     ) -> Decided:
         given = {**locals(), "round": number, "config": retrain_config, "policy": policy}
-        decision = "retrain"
         for done in range(1, retrains + 1):
             retrained = call(retrain, given, model=model, decision=decision)
             model = retrained.outputs["retrained"]

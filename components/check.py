@@ -10,6 +10,7 @@ def check(
     image_size: int,
     task: str,
     max_size: str,
+    sizes: list,
     min_accuracy: str,
     max_rounds: int,
     max_retrains: int,
@@ -33,6 +34,7 @@ def check(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x; or smallest.
+        sizes: Several such sizes, for a sweep.
         min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
         max_rounds: Rounds allowed.
         max_retrains: Retrains allowed in a round.
@@ -56,6 +58,7 @@ def check(
         image_size=image_size,
         task=task,
         max_size=max_size,
+        sizes=sizes,
         min_accuracy=min_accuracy,
         max_rounds=max_rounds,
         max_retrains=max_retrains,

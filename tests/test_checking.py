@@ -7,6 +7,7 @@ import pytest
 from filterpress import stages
 
 BAD = [
+    ("sizes", ["8x", "tiny"], "max_size must be bytes"),
     ("model", "resnet2o", "model must be one of small, resnet20"),
     ("model", "torchvision:resnet19", "model must be torchvision: and one of"),
     ("model", "no.such.module:network", "importing no.such.module failed"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
 from filterpress import stages
+from filterpress.errors import PackageError
+from filterpress.package import FORMAT
 from filterpress.scratch import open_scratch
 
 HISTORY = [
@@ -24,6 +27,10 @@ RELEASE = {
     "delta_bytes": 0,
 }
 RUN = "filterpress/one-run"
+DESCRIBED = {
+    **{"format": FORMAT, "model": "net", "input_shape": [1, 8, 8], "n_classes": 10, "inputs": {}},
+    **{"layers": {}, "baseline": {}, "quantized": {}, "weights_sha256": "00"},
+}
 
 
 @pytest.fixture(params=["directory", "bucket"])
@@ -97,3 +104,52 @@ def test_where_the_steps_left_their_pages_out_of_reach_the_page_says_so(state, t
     verdict, _ = tell("minio://mlpipeline/v2", tmp_path, state=state)
     assert verdict.startswith("Published. The" if state == "SUCCEEDED" else "Failed, and nothing")
     assert f"in minio://mlpipeline/v2/{RUN}, which cannot be read here." in verdict
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Three sizes of one network, of which two keep the floor."""
+
+    def make(name, n_bytes, validation, decision):
+        last = {
+            **HISTORY[-1],
+            **{"n_bytes": n_bytes, "ratio": 96_000 / n_bytes, "validation_accuracy": validation},
+            **{"decision": decision, "accuracy": validation - 0.01, "min_accuracy": 0.95},
+        }
+        path = tmp_path / name
+        path.mkdir()
+        described = DESCRIBED | {"history": [HISTORY[0], last]}
+        (path / "model.json").write_text(json.dumps(described))
+        return path
+
+    return [
+        make("b", 8_000, 0.955, "publish"),
+        make("a", 16_000, 0.96, "publish"),
+        make("c", 4_000, 0.80, "give-up"),
+    ]
+
+
+def test_a_sweep_tells_all_sizes_and_the_smallest_that_keeps_the_floor(packages, tmp_path):
+    told = stages.curve(packages, tmp_path / "page.html")
+    assert [entry["n_bytes"] for entry in told["tries"]] == [16_000, 8_000, 4_000]
+    assert told["n_bytes"] == 8_000
+    page = (tmp_path / "page.html").read_text()
+    assert ">The smallest that keeps the floor: 8,000 bytes, 12.0 times smaller, 94.50 %" in page
+    assert re.findall(r'<td class="n">([\d,]+,000)</td>', page)[:3] == ["16,000", "8,000", "4,000"]
+    assert re.search(r'"mark last".*?<title>(.*?)</title>', page)[1].startswith("2 try 2: 8,000")
+
+
+def test_a_sweep_in_which_no_size_keeps_the_floor_says_so(packages, tmp_path):
+    told = stages.curve(packages[2:], tmp_path / "page.html")
+    assert "n_bytes" not in told
+    assert ">None of 1 sizes keeps the floor.<" in (tmp_path / "page.html").read_text()
+
+
+def test_a_sweep_of_nothing_or_of_what_was_not_measured_is_refused(packages, tmp_path):
+    with pytest.raises(ValueError, match="packages must be at least one, got none"):
+        stages.curve([], tmp_path / "page.html")
+    described = DESCRIBED | {"history": HISTORY[:1]}
+    (packages[0] / "model.json").write_text(json.dumps(described))
+    with pytest.raises(PackageError, match="must be an evaluated one"):
+        stages.curve(packages, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

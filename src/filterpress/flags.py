@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
@@ -85,6 +85,9 @@ def _flags(function: Callable[..., Any], grouped: bool) -> list[inspect.Paramete
     """Make a keyword-only parameter that typer understands of each parameter."""
     texts, flags = help_of(function), []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if get_origin(parameter.annotation) is Annotated:  # it says for itself what its flag is
+            flags.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
         text = texts.get(parameter.name, "")
         group, _, text = text.partition(": ") if grouped else ("", "", text)
         kind: Any = _one_type(parameter.annotation)

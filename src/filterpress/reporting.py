@@ -158,6 +158,10 @@ def _ratio(report: Report) -> float | None:
     return ratio
 
 
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:,.1f}x"
+
+
 def _change(report: Report) -> str:
     accuracy, baseline = page.number(report, "accuracy"), page.number(report, "baseline_accuracy")
     if accuracy is None or baseline is None:
@@ -268,7 +272,7 @@ def _search_section(history: Sequence[Report], final: Report) -> str:
     floor = page.fraction(final, "min_accuracy")
     drawing = chart.draw(points, split="Validation", min_accuracy=floor, kept=kept)
     rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
-    table = page.table(page.head("#", "Outcome", "Bytes", "Validation", "Retrains"), rows)
+    table = page.table(page.head("#", *tried({})), rows)
     return page.section("Sizes tried", drawing + table)
 
 
@@ -277,13 +281,28 @@ def _bytes_of(point: chart.Point) -> float:
 
 
 def _try_row(number: int, entry: Report) -> str:
-    outcome = page.text(entry.get("decision"))
-    numbers = (
-        page.count(page.number(entry, "n_bytes")),
-        page.percent(page.number(entry, "validation_accuracy")),
-        page.count(page.number(entry, "retrains")),
-    )
+    outcome, *numbers = tried(entry).values()
     return f'<tr><td class="n">{number}</td><td>{escape(outcome)}</td>{page.cells(numbers)}</tr>'
+
+
+def tried(entry: Report) -> dict[str, str]:
+    """Give the numbers of a size that was tried as text, by the title of their column.
+
+    Args:
+        entry: Report of an evaluation; what it lacks is empty.
+
+    Example:
+        >>> tried({"decision": "publish", "n_bytes": 8000, "ratio": 12.0})["Bytes"]
+        '8,000'
+    """
+    return {
+        "Outcome": page.text(entry.get("decision")),
+        "Bytes": page.count(page.number(entry, "n_bytes")),
+        "Ratio": _times(_ratio(entry)),
+        "Validation": page.percent(page.number(entry, "validation_accuracy")),
+        "Test": page.percent(page.number(entry, "accuracy")),
+        "Retrains": page.count(page.number(entry, "retrains")),
+    }
 
 
 def _release_section(facts: Mapping[str, object]) -> str:
@@ -332,11 +351,10 @@ def _stages_section(history: Sequence[Report]) -> str:
 
 
 def _stage_row(number: int, entry: Report) -> str:
-    ratio = _ratio(entry)
     outcome = page.text(entry.get("decision") or entry.get("state"))
     numbers = (
         page.count(page.number(entry, "n_bytes")),
-        "" if ratio is None else f"{ratio:,.1f}x",
+        _times(_ratio(entry)),
         page.percent(page.number(entry, "validation_accuracy")),
         page.percent(page.number(entry, "accuracy")),
         page.count(page.number(entry, "n_parameters")),

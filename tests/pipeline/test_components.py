@@ -22,7 +22,7 @@ STAGES = [
     "retrain",
     "publish",
 ]
-STAGES += ["give_up", "report"]
+STAGES += ["give_up", "report", "curve"]
 FOLDER = Path(components.__file__).parent
 DECISIONS = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.BoolOp, ast.Match, ast.Compare)
 ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign)

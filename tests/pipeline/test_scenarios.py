@@ -48,9 +48,9 @@ def weights(tmp_path_factory):
     return str(out / "weights.safetensors")
 
 
-def run(settings, out):
+def run(settings, out, command="run"):
     ended = subprocess.run(
-        [sys.executable, "pipeline.py", "run", *tiny.flags(settings), "--out", out, "--json"],
+        [sys.executable, "pipeline.py", command, *tiny.flags(settings), "--out", out, "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -112,6 +112,22 @@ def test_the_pipeline_finds_the_smallest_file_that_the_library_finds(folder, tmp
     assert did == ["check", "train", "prune", "search", "evaluate", "publish", "report"]
     with tiny.one_thread():
         assert report["sha256"] == compress(tmp_path / "library", **settings)["sha256"]
+
+
+def test_a_sweep_finds_at_each_size_what_the_library_finds(folder, tmp_path):
+    settings = {k: v for k, v in RUNS["retrained"].items() if k not in ("max_size", "max_rounds")}
+    sizes = {"4x": "publish", "850": "give-up"}
+    given = settings | {"sizes": json.dumps(list(sizes)), "min_accuracy": "-2pp"}
+    code, report, steps, last_line = run(given, folder, "sweep")
+    assert code == 0, last_line
+    assert [step for step, _ in steps][:3] == ["check", "train", "prune"]
+    assert steps[-1] == ("curve", "done")
+    assert [entry["decision"] for entry in report["tries"]] == list(sizes.values())
+    assert report["sha256"] == report["tries"][0]["sha256"]
+    assert "The smallest that keeps the floor" in Path(report["html"]).read_text()
+    alone = {**settings, "min_accuracy": "-2pp", "max_size": "4x", "max_rounds": 1}
+    with tiny.one_thread():
+        assert report["sha256"] == compress(tmp_path / "library", **alone)["sha256"]
 
 
 def test_a_pipeline_that_was_killed_goes_on_after_its_last_step(tmp_path):

@@ -22,4 +22,5 @@ from filterpress.stages.tables import check_configs as check_configs
 from filterpress.stages.tables import clusterers as clusterers
 from filterpress.stages.tables import pruners as pruners
 from filterpress.stages.tables import reducers as reducers
+from filterpress.stages.telling import curve as curve
 from filterpress.stages.telling import report as report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from filterpress.budget import Budget, check_spelling
 from filterpress.stages.handover import Report
 from filterpress.stages.tables import check_configs
@@ -14,6 +16,7 @@ def check(
     image_size: int = 0,
     task: str = "",
     max_size: str = "12x",
+    sizes: Sequence[str] = (),
     min_accuracy: str = "-1pp",
     max_rounds: int = 2,
     max_retrains: int = 2,
@@ -39,6 +42,7 @@ def check(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        sizes: Several such sizes, for a sweep.
         min_accuracy: Accuracy floor on the validation set: 0.92, or -0.5pp below the trained one.
         max_rounds: Rounds at most.
         max_retrains: Retrains in a round at most.
@@ -60,7 +64,8 @@ def check(
     Raises:
         ValueError: A setting breaks its rule.
     """
-    check_spelling(max_size, min_accuracy)
+    for size in (max_size, *sizes):
+        check_spelling(size, min_accuracy)
     Budget(max_bytes=1, min_accuracy=0, max_rounds=max_rounds, max_retrains=max_retrains)
     for name, value, least in (("size_tries", size_tries, 1), ("max_minutes", max_minutes, 0)):
         if value < least:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 FIRST, LEAST = 8.0, 1.0  # ratios of the float32 weights: tried first, and given up at
 CLOSE = 1.05  # between the smallest file that passed and the largest that did not
-SHOWN = ("max_bytes", "n_bytes", "validation_accuracy", "decision", "retrains")
+SHOWN = ("max_bytes", "n_bytes", "ratio", "validation_accuracy", "decision", "retrains")
 
 
 class Try(NamedTuple):

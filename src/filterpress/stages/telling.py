@@ -1,20 +1,26 @@
-"""The stage that tells how a run ended, whatever happened: ``report``."""
+"""The stages that tell: ``report`` of a run, whatever happened, and ``curve`` of several sizes."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filterpress import files, reporting
-from filterpress.errors import FilterpressError
+from filterpress.errors import FilterpressError, PackageError
 from filterpress.reporting import End
 from filterpress.scratch import Scratch, open_scratch
 from filterpress.stages.handover import Report
 
 log = logging.getLogger(__name__)
 
+_OF_A_POINT = (
+    *("max_bytes", "n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs"),
+    *("baseline_bytes", "baseline_accuracy", "min_accuracy", "decision", "retrains"),
+    "sha256",
+)
 _FACTS = {
     "Target": "target",
     "Release counter": "release_counter",
@@ -54,6 +60,52 @@ def report(place: str, html: Path, *, state: str, error: str | None = None) -> R
     files.write(html, reporting.render(model, end).encode())
     log.info("%s", end.verdict)
     return {"stage": "report", "state": state, "verdict": end.verdict}
+
+
+def curve(packages: Sequence[Path], html: Path) -> Report:
+    """Set several sizes of one network side by side.
+
+    Args:
+        packages: Evaluated packages that come from one trained network.
+        html: File to write, with accuracy against size.
+
+    Returns:
+        Report with the ``tries``, from the largest file to the smallest, and the numbers of the
+        smallest file that keeps the floor; without these if none does.
+
+    Raises:
+        ValueError: There are no packages.
+        PackageError: One is damaged, or was not evaluated.
+    """
+    if not packages:
+        raise ValueError("packages must be at least one, got none")
+    from filterpress import package
+
+    descriptions = [package.read_description(path) for path in packages]
+    tries = sorted((_measured(d) for d in descriptions), key=_size, reverse=True)
+    kept = [entry for entry in tries if entry["decision"] == "publish"]
+    found = {"stage": "curve", "tries": tries, **(kept[-1] if kept else {}), "decision": None}
+    verdict = (
+        reporting.verdict(found, "The smallest that keeps the floor")
+        if kept
+        else f"None of {len(tries)} sizes keeps the floor."
+    )
+    model = descriptions[0] | {"history": [found]}
+    files.write(html, reporting.render(model, End(verdict, bool(kept))).encode())
+    log.info("%s", verdict)
+    return found
+
+
+def _measured(description: Report) -> Report:
+    """Return the numbers of the last evaluation of a package, and how often it was retrained."""
+    evaluated = [entry for entry in description["history"] if entry["stage"] == "evaluate"]
+    if not evaluated:
+        raise PackageError("every package must be an evaluated one")
+    return {key: evaluated[-1].get(key) for key in _OF_A_POINT}
+
+
+def _size(point: Report) -> int:
+    return int(point["n_bytes"])
 
 
 def _newest(scratch: Scratch, ending: str) -> dict[str, Any]:

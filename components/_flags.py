@@ -1,0 +1,69 @@
+"""What the commands of the pipeline share: flags, and checks before a cluster is asked."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components._cluster import Cluster
+from filterpress import stages
+from filterpress.budget import check_spelling
+
+Out = Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")]
+Here = Annotated[
+    str, typer.Option(help="Image of the containers that the steps run in; none: processes.")
+]
+Image = Annotated[str, typer.Option(help="Image of every step, pinned by digest.")]
+Tries = Annotated[int, typer.Option(help="Pairs of cluster and reduce in a round.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File with a bearer token.")
+]
+
+
+def connect(
+    *,
+    host: str,
+    experiment: str = "filterpress",
+    namespace: str = "kubeflow",
+    token_file: TokenFile = None,
+    service_account: str = "",
+) -> Cluster:
+    """Name a cluster.
+
+    Args:
+        host: Address of the KFP API, http://…
+        experiment: Experiment of the runs.
+        namespace: Namespace, where there are users.
+        token_file: File with a bearer token.
+        service_account: Service account of the steps.
+    """
+    return Cluster(host, experiment, namespace, read_token(token_file), service_account)
+
+
+def split(given: dict[str, Any], *functions: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Take apart what a command got, into the parameters of each function."""
+    known = [inspect.signature(function).parameters for function in functions]
+    return [{name: value for name, value in given.items() if name in own} for own in known]
+
+
+def check_parameters(parameters: dict[str, Any]) -> None:
+    """Refuse parameters that a step would refuse, hours later perhaps."""
+    check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
+
+
+def check_sizes(parameters: dict[str, Any]) -> None:
+    """Refuse what the first step of a sweep would refuse."""
+    for size in parameters["sizes"]:
+        check_spelling(size, parameters["min_accuracy"])
+
+
+def read_token(file: Path | None) -> str:
+    """Read a bearer token; without a file there is none."""
+    token = file.read_text(encoding="utf-8").strip() if file else ""
+    if not re.fullmatch("[!-~]*", token):  # as a header it would be refused, with its text
+        raise ValueError(f"token_file must hold one token and nothing else, got {file}")
+    return token
