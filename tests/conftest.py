@@ -23,6 +23,14 @@ def seeded():
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture
+def in_two(tmp_path_factory):
+    """Run command lines in two processes; see `tests.in_two.run`."""
+    from tests import in_two
+
+    return lambda *given, **more: in_two.run(tmp_path_factory.mktemp("said"), *given, **more)
+
+
 def _die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from filterpress import package, reporting, stages
-from filterpress.__main__ import app
 from filterpress.codec import decode, encode, make_delta
 from filterpress.errors import BudgetError, DataError, ModelError, PackageError, ReleaseError
 from filterpress.methods import Outcome
@@ -30,6 +24,7 @@ from filterpress.methods.merge_filters import MergeConfig
 from filterpress.release import create_keys, fetch, latest, publish_network, rollout
 from filterpress.stages import shrinking
 from tests import tiny
+from tests.in_two import under_torchrun
 from tests.tiny import FILES
 
 TASK = {"task": "tests.tiny:task"}
@@ -528,64 +523,6 @@ def train_on(kind, *more):
     """Write a command line that trains the tiny network."""
     given = ("--model", "tests.tiny:network", "--task", f"tests.test_stages:{kind.__name__}")
     return ("train", *given, *more)
-
-
-def under_torchrun(*arguments):
-    """Run a command line under torchrun, in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*launcher, "-m", "filterpress", *map(str, arguments)],
-        cwd=tiny.ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-@pytest.fixture
-def in_two(tmp_path_factory):
-    """Run a command line in two processes, each of which ends as it will.
-
-    They are forked from one that has everything imported. Returns exit code, standard output, and
-    the lines on standard error, of rank 0 and of rank 1.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_stages", "sklearn.datasets", "torch._dynamo"])
-
-    def run(*arguments):
-        said = tmp_path_factory.mktemp("said")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = (port, said, [str(argument) for argument in arguments])
-        started = [context.Process(target=one_of_two, args=(rank, *given)) for rank in "01"]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(60)
-            process.kill()
-            process.join()
-        codes = (process.exitcode for process in started)
-        out, err = ([(said / f"{name}-{rank}").read_text() for rank in "01"] for name in STREAMS)
-        return list(zip(codes, out, (lines.splitlines() for lines in err), strict=True))
-
-    return run
-
-
-STREAMS = {"out": 1, "err": 2}
-
-
-def one_of_two(rank, port, said, arguments):
-    """Run a command line in this process, which exists for nothing else."""
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, descriptor in STREAMS.items():
-        os.dup2(os.open(said / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    app(arguments)
 
 
 @pytest.fixture(scope="module")

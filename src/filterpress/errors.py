@@ -8,7 +8,8 @@ FilterpressError
 ├── DataError         a data set that is missing, empty or inconsistent
 ├── ModelError        a network that cannot be built, loaded or compressed
 ├── ReleaseError      a store, key or signature that publication cannot trust
-└── ScratchError      a place for checkpoints that cannot be used
+├── ScratchError      a place for checkpoints that cannot be used
+└── WorkerError       another process of the same training that is gone
 ```
 
 The caller's own mistakes (a wrong type, a value out of range) are ``TypeError`` and
@@ -49,3 +50,7 @@ class ReleaseError(FilterpressError):
 
 class ScratchError(FilterpressError):
     """A place for checkpoints, or what lies there, cannot be used."""
+
+
+class WorkerError(FilterpressError):
+    """Another process of the same training died or does not answer."""

@@ -10,14 +10,24 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from filterpress.errors import WorkerError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=2)  # of processes with one that downloads the data or takes the score
+# A process that dies is noticed at once. One that hangs, or a machine that is gone without a word,
+# is waited for: not long in a step, which all take at the same time, but longer while one process
+# works for all: it downloads the data, takes the score, writes a checkpoint.
+STEP = timedelta(minutes=10)
+ALONE = timedelta(hours=1)
+
+_GLOO = ("/gloo/", "caused pair closure")  # in its messages; it has no type for them
 
 
 def best_device() -> torch.device:
@@ -53,10 +63,30 @@ def from_main(work: Callable[[], T]) -> T:
             told[0] = work()
         except Exception as error:  # noqa: BLE001 (each process raises it below)
             told[1] = error
-    dist.broadcast_object_list(told)
+    with others_watched():
+        dist.broadcast_object_list(told, group=_patient())
     if told[1] is not None:
         raise told[1]
     return told[0]  # type: ignore[no-any-return]
+
+
+def from_all(value: T) -> list[T]:
+    """Collect a value of each process, in the order of their ranks."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    with others_watched():
+        dist.all_gather_object(values, value, group=_patient())
+    return values
+
+
+def mean_of_all(value: Tensor) -> float:
+    """Return the mean of a number over the processes, so that all judge it alike."""
+    if world() == 1:
+        return value.item()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / world()
 
 
 @contextlib.contextmanager
@@ -81,14 +111,42 @@ def join() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
+    with others_watched():
+        dist.init_process_group(backend, timeout=STEP)
+        atexit.register(dist.destroy_process_group)
+        _patient()
+
+
+@contextlib.contextmanager
+def others_watched() -> Iterator[None]:
+    """Say in one line that another process is gone, if that is what goes wrong in the block.
+
+    Raises:
+        WorkerError: Another process died, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if not isinstance(error, dist.DistError) and not any(part in told for part in _GLOO):
+            raise
+        raise WorkerError(
+            f"another of the {os.environ['WORLD_SIZE']} processes died or does not answer: look at "
+            "what it said last, and start again; with scratch, training goes on from its checkpoint"
+        ) from error
+
+
+@cache
+def _patient() -> dist.ProcessGroup:
+    """Return the group of all processes whose members wait long for one another."""
+    return dist.new_group(backend="gloo", timeout=ALONE)  # type: ignore[no-any-return]
 
 
 def _wait_for_all() -> None:
     """Wait until all processes are here."""
     if world() > 1:
-        dist.barrier()
+        with others_watched():
+            dist.barrier(group=_patient())
 
 
 def world() -> int:
