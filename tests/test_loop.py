@@ -161,13 +161,16 @@ def processes():
 
 
 class KillAtRename:
-    """Kills the process before or after its nth rename; renames are what finishes a stage."""
+    """Kills the process before or after its nth rename, of those in scratch or of all others.
 
-    def __init__(self, number, after):
-        self.left, self.after, self.renamed = number, after, False
+    Renames are what finishes a stage, and an epoch in scratch.
+    """
+
+    def __init__(self, number, after, in_scratch=False):
+        self.left, self.after, self.in_scratch, self.renamed = number, after, in_scratch, False
 
     def __call__(self, event, arguments):
-        renames = event == "os.rename"
+        renames = event == "os.rename" and ("/scratch/" in str(arguments[1])) == self.in_scratch
         self.left -= renames
         if self.renamed or (renames and not self.left and not self.after):
             signal.raise_signal(signal.SIGKILL)
@@ -248,6 +251,20 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, processes,
         stood = now
     assert kills
     check_same_result(out, expected)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(run, processes, tmp_path, caplog):
+    expected, settings, *_ = run("at once")
+    child = start(processes, tmp_path / "run", settings, KillAtRename(4, True, in_scratch=True))
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with caplog.at_level("INFO"):
+        compress(tmp_path / "run", **settings)
+    assert "going on after epoch" in caplog.text
+    assert "epoch 1 of" not in caplog.text
+    check_same_result(tmp_path / "run", expected)
+    assert not (tmp_path / "run" / "scratch").exists()
 
 
 def test_a_draft_that_a_kill_left_is_not_a_package_and_is_cleared_away(run, tmp_path):

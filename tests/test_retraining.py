@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from filterpress.checkpoints import Checkpoint
 from filterpress.package import Package, encode
 from filterpress.representations import coarsen_, is_quantized, latent_weight, quantize_, step_of
 from filterpress.retraining import (
@@ -14,11 +16,13 @@ from filterpress.retraining import (
     paces,
     retrain_quantized,
 )
+from filterpress.scratch import open_scratch
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.surgery import layers
 from filterpress.tasks import calibration
 from filterpress.training import fit
 from tests import networks
+from tests.test_training import checksum
 
 CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.01, precision="float32")
 
@@ -159,6 +163,34 @@ def test_batch_norm_is_measured_again_for_the_steps_that_made_it_fit(network, te
 def test_the_same_seed_gives_the_same_network(network, teacher, task):
     first, second = (retrain(network, teacher, task, floor=0.0)[0].state_dict() for _ in range(2))
     assert all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_retrain_that_was_killed_ends_with_the_same_network(
+    optimizer, network, teacher, task, tmp_path
+):
+    def ended(checkpoint=None, progress=None):
+        torch.manual_seed(len(list(tmp_path.iterdir())))  # the global state must not matter
+        config = replace(CONFIG, optimizer=optimizer, lr=0.005)
+        wanted = {"floor": 1.0, "reached": 0.0, "max_bytes": 10**6, "size": size, "seed": 0}
+        more = {"checkpoint": checkpoint, "progress": progress}
+        return retrain_quantized(network, teacher, task, config, **wanted, **more)
+
+    def dropping(epoch, step, n_steps, loss):
+        if (epoch, step) == (2, 2):
+            raise KeyboardInterrupt
+
+    scratch, trained = open_scratch(str(tmp_path)), set()
+    with pytest.raises(KeyboardInterrupt):
+        ended(Checkpoint(scratch, "retrain", share=1.0), dropping)
+    result, report = ended(
+        Checkpoint(scratch, "retrain", share=1.0), lambda epoch, *_: trained.add(epoch)
+    )
+    expected, wanted = ended()
+    assert trained == {2}
+    assert report == wanted
+    assert report["best_epoch"] == 3
+    assert checksum(result) == checksum(expected) != checksum(network)
 
 
 def test_a_weight_learns_alike_in_any_unit(network, teacher, task):

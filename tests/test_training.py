@@ -349,8 +349,12 @@ def test_two_processes_end_with_equal_replicas_that_are_the_single_ones(tmp_path
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert [first["is_main"], second["is_main"]] == [True, False]
     assert first["scores"] == second["scores"]
-    for name, tensor in first["state"].items():
-        assert tensor.equal(second["state"][name]), name
+    for kind in ("state", "retrained", "resumed"):
+        for name, tensor in first[kind].items():
+            assert tensor.equal(second[kind][name]), (kind, name)
+    for name, tensor in first["whole"].items():
+        assert tensor.equal(first["resumed"][name]), name
+    assert not first["retrained"]["4.bias"].equal(first["state"]["4.bias"])
     # Without batch normalisation, two halves of a batch give the gradient of the whole.
     alone = linear_net(0)
     fit(alone, easy_task(), QUICK, seed=0)

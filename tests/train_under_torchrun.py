@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -10,7 +12,11 @@ import torch.distributed as dist
 from test_training import QUICK, easy_task, linear_net, small_net
 from torch import nn
 
+from filterpress.checkpoints import Checkpoint
 from filterpress.processes import is_main
+from filterpress.representations import quantize_
+from filterpress.retraining import RetrainConfig, retrain_quantized
+from filterpress.scratch import open_scratch
 from filterpress.training import fit
 
 
@@ -27,6 +33,25 @@ class Witness(nn.Flatten):
         return super().forward(images)
 
 
+def checkpoint(folder):
+    return Checkpoint(open_scratch(str(folder / "scratch")), "training", share=1.0)
+
+
+def interrupt(epoch, step, n_steps, loss):
+    """Interrupt both processes in their second epoch."""
+    if (epoch, step) == (1, 2):
+        raise InterruptedError
+
+
+def retrain(teacher, task, seed):
+    student = copy.deepcopy(teacher)
+    for layer in (student[0], student[4]):
+        quantize_(layer, 0.2 * layer.weight.detach().flatten(1).abs().amax(dim=1))
+    config = RetrainConfig(epochs=2, batch_size=16, precision="float32")
+    limits = {"floor": 1.0, "reached": 0.0, "max_bytes": 10**6, "size": lambda network: 1}
+    return retrain_quantized(student, teacher, task, config, **limits, seed=seed)
+
+
 def main(folder):
     task = easy_task()
     ((clean, _),) = task.batches("train", 64)
@@ -41,10 +66,19 @@ def main(folder):
     network = small_net(seed=rank)
     network.register_buffer("mask", torch.tensor([True, False]))
     result = fit(network, task, QUICK, seed=0, progress=None)
+    retrained, _ = retrain(network, task, seed=0)
+    killed, resumed, whole = (small_net(seed=rank) for _ in range(3))
+    with contextlib.suppress(InterruptedError):
+        fit(killed, task, QUICK, seed=0, checkpoint=checkpoint(folder), progress=interrupt)
+    fit(resumed, task, QUICK, seed=0, checkpoint=checkpoint(folder))
+    fit(whole, task, QUICK, seed=0)
     written = {
         "is_main": is_main(),
         "scores": result.scores,
         "state": network.state_dict(),
+        "retrained": retrained.state_dict(),
+        "resumed": resumed.state_dict(),
+        "whole": whole.state_dict(),
         "linear": linear.state_dict(),
         "seen": [number[image] for image in linear[0].seen[:32]],
     }

@@ -22,6 +22,8 @@ from filterpress.stages.rounds import Run, one_round
 log = logging.getLogger(__name__)
 Report = dict[str, Any]
 
+SCRATCH = "scratch"  # folder in the run's own, while it lasts
+
 
 def compress(
     out: str | Path,
@@ -39,6 +41,7 @@ def compress(
     max_minutes: int = 60,
     size_tries: int = 2,
     seed: int = 0,
+    scratch: str = "",
     store: str = "",
     keys: str = "",
     name: str = "filterpress",
@@ -70,6 +73,8 @@ def compress(
         max_minutes: Time for finding the smallest file, where that is asked for.
         size_tries: Passes of cluster and reduce in a round at most.
         seed: Seed of everything random.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
+            goes on; empty for the folder scratch in out.
         store: Folder or gs://bucket/prefix to publish to; empty for the folder release in out.
         keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
             store, where development keys are made if there are none.
@@ -94,7 +99,11 @@ def compress(
     given = {key: value for key, value in locals().items() if key != "out"}
     known = inspect.signature(stages.check).parameters
     stages.check(**{key: value for key, value in given.items() if key in known})
-    run = Run(Path(out), given | {"store": store or str(Path(out) / "release")})
+    places = {
+        "store": store or str(Path(out) / "release"),
+        "scratch": scratch or str(Path(out) / SCRATCH),
+    }
+    run = Run(Path(out), given | places)
     _open(run.out, given)
     try:
         trained, _ = run.step("train", stages.train)
@@ -116,6 +125,7 @@ def compress(
 
 def _finish(run: Run, last: Path, decision: str) -> Report:
     """Publish, or raise with the numbers; either way the folder tells how the run ended."""
+    shutil.rmtree(run.out / SCRATCH, ignore_errors=True)
     page = run.out / "report.html"
     goal = {key: run.given[key] for key in ("max_size", "min_accuracy")}
     report: Report = json.loads((last / "report.json").read_text()) | {"decision": decision}

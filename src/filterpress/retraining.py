@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filterpress.checkpoints import Checkpoint
 from filterpress.processes import best_device
 from filterpress.representations import UNROUNDED, coarsen_, is_quantized, step_of
 from filterpress.statistics import note_offsets_, recalibrate_
@@ -53,6 +54,7 @@ def retrain_quantized(
     size: Callable[[nn.Module], int],
     seed: int,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train what the codec stores: the integers, through the straight-through estimator.
 
@@ -68,6 +70,7 @@ def retrain_quantized(
         size: Size of the encoded file of a network.
         seed: Seed of the order of the images and their augmentation.
         progress: Called after every step.
+        checkpoint: Where to go on from, and where to write how far it is; see `fit`.
 
     Returns:
         The retrained network, and what to report of it.
@@ -84,6 +87,7 @@ def retrain_quantized(
             stop=lambda score: score >= goal,
             progress=progress,
             paces=paces(student),
+            checkpoint=checkpoint,
         )
     score, coarser = result.validation_score, 0
     n_bytes = size(student)

@@ -43,6 +43,10 @@ def open_scratch(uri: str) -> Scratch:
     return BucketScratch(bucket) if bucket else DirectoryScratch(Path(uri))
 
 
+class DamagedError(ScratchError):
+    """What lies under a name is not what was put there."""
+
+
 class Scratch(ABC):
     """A flat set of named byte strings and directories.
 
@@ -108,7 +112,8 @@ class Scratch(ABC):
 
         Raises:
             PackageError: There is something in ``folder`` already.
-            ScratchError: The place cannot be read, or holds no directory under this name.
+            DamagedError: The name holds no directory.
+            ScratchError: The place cannot be read.
         """
         with self._reading(name) as file:
             if not file:
@@ -120,7 +125,7 @@ class Scratch(ABC):
                 ):
                     archive.extractall(draft, filter="data")
             except tarfile.TarError as error:
-                raise ScratchError(f"{self.uri}/{name} is no archive: {error}") from error
+                raise DamagedError(f"{self.uri}/{name} is no archive: {error}") from error
         return True
 
     @abstractmethod

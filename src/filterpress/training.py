@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from filterpress import processes
+from filterpress.checkpoints import Checkpoint, Course
 from filterpress.errors import DataError, ModelError
-from filterpress.processes import best_device, from_main, is_main, join, rank, world
 from filterpress.tasks import Predict, Task
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def fit(
     stop: Callable[[float], bool] | None = None,
     progress: Progress | None = None,
     paces: Mapping[str, float] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Train a network in place and leave it in its best state on the validation set.
 
@@ -132,6 +134,7 @@ def fit(
         progress: Called after each step with the epoch from 0, the step from 1, the number of
             steps in an epoch, and the loss of the whole batch.
         paces: Factors of the learning rate, by the name of the parameter; 1 for all others.
+        checkpoint: Where to go on from, if it is there, and where to write how far it is.
 
     Returns:
         The scores, and which epoch was kept.
@@ -140,26 +143,20 @@ def fit(
         ModelError: Nothing in the network can be trained, or the loss became NaN or infinite.
         DataError: There are fewer than two training images for each process.
         ValueError: There are fewer than two images of a batch for each process.
+        ScratchError: The checkpoint cannot be read or written.
+        WorkerError: Another process is gone.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError("the network has no parameter that can be trained")
-    device = best_device()
-    join()
-    least = 2 * world()
-    if (n := task.size("train")) < least:
-        raise DataError(f"training needs at least {least} images, got {n}")
-    if config.batch_size < least:
-        raise ValueError(
-            f"batch_size must be at least {least}, two for each of {world()} processes, "
-            f"got {config.batch_size}"
-        )
+    device = processes.best_device()
+    processes.join()
+    _check(model, task, config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.others_watched())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(seed + rank())
+        torch.manual_seed(seed + processes.rank())
         for network in (model, teacher):
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
-        replica = DistributedDataParallel(model) if world() > 1 else model
+        replica = DistributedDataParallel(model) if processes.world() > 1 else model
         bfloat16 = _in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
@@ -170,29 +167,35 @@ def fit(
             return _loss(task, config, outputs, targets, soft)
 
         n_steps = steps_per_epoch(task, config.batch_size)
-        rates = (learning_rate(config, (k + 0.5) / (config.epochs * n_steps)) for k in count())
-        optimizer = _optimizer(model, config, paces or {})
+        course = Course(
+            model,
+            _optimizer(model, config, paces or {}),
+            torch.Generator().manual_seed(seed),
+        )
+        if checkpoint:
+            checkpoint.restore(course)
+        rates = _rates(config, n_steps, from_epoch=len(course.scores))
         predict = predictor(model, device, config.precision)
-        generator = torch.Generator().manual_seed(seed)
-        scores: list[float] = []
-        best: dict[str, Any] = {}
-        for epoch in range(config.epochs):
+        while not _ended(course.scores, config, stop):
+            epoch = len(course.scores)
             model.train()
-            batches = _shards(task, config.batch_size, generator, device)
-            for step, loss in enumerate(_descend(optimizer, rates, loss_of, batches), start=1):
+            batches = _shards(task, config.batch_size, course.generator, device)
+            steps = _descend(course.optimizer, rates, loss_of, batches)
+            for step, loss in enumerate(steps, start=1):
                 if progress:
                     progress(epoch, step, n_steps, loss)
-            scores.append(_validation_score(model, task, predict))
-            if is_main():
-                log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, scores[-1])
-            if scores[-1] > max(scores[:-1], default=-math.inf):
-                best = copy.deepcopy(model.state_dict())
-            if stop and stop(scores[-1]):
-                break
-        model.load_state_dict(best)
+            score = _validation_score(model, task, predict)
+            if processes.is_main():
+                log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, score)
+            if score > max(course.scores, default=-math.inf):
+                course.best = copy.deepcopy(model.state_dict())
+            course.scores.append(score)
+            if checkpoint:
+                checkpoint.save(course, config.epochs)
+        model.load_state_dict(course.best)
         model.eval()
-    kept = max(scores)
-    return FitResult(kept, scores.index(kept) + 1, tuple(scores))
+    kept = max(course.scores)
+    return FitResult(kept, course.scores.index(kept) + 1, tuple(course.scores))
 
 
 def predictor(
@@ -265,6 +268,31 @@ def _loss(
     return (1 - config.alpha) * loss + config.alpha * imitation
 
 
+def _check(model: nn.Module, task: Task, config: FitConfig) -> None:
+    """Refuse what cannot be trained by all the processes there are."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("the network has no parameter that can be trained")
+    least = 2 * processes.world()
+    if (n := task.size("train")) < least:
+        raise DataError(f"training needs at least {least} images, got {n}")
+    if config.batch_size < least:
+        raise ValueError(
+            f"batch_size must be at least {least}, two for each of {processes.world()} processes, "
+            f"got {config.batch_size}"
+        )
+
+
+def _rates(config: FitConfig, n_steps: int, from_epoch: int) -> Iterator[float]:
+    n_all = config.epochs * n_steps
+    return (learning_rate(config, (k + 0.5) / n_all) for k in count(from_epoch * n_steps))
+
+
+def _ended(scores: list[float], config: FitConfig, stop: Callable[[float], bool] | None) -> bool:
+    if not scores:
+        return False
+    return bool(stop and stop(scores[-1])) or len(scores) == config.epochs
+
+
 def _descend(
     optimizer: torch.optim.Optimizer,
     rates: Iterator[float],
@@ -274,7 +302,7 @@ def _descend(
     """Take one step a batch and yield its loss."""
     for images, targets in batches:
         loss = loss_of(images, targets)
-        value = _mean_of_all(loss)
+        value = processes.mean_of_all(loss)
         if not math.isfinite(value):
             raise ModelError(f"the loss became {value} while training; lower lr")
         rate = next(rates)
@@ -307,7 +335,7 @@ def _optimizer(
 def steps_per_epoch(task: Task, batch_size: int) -> int:
     """Count the steps of one epoch; a last batch too small to train on is none."""
     full, rest = divmod(task.size("train"), batch_size)
-    return full + (rest >= 2 * world())
+    return full + (rest >= 2 * processes.world())
 
 
 def _shards(
@@ -318,7 +346,7 @@ def _shards(
     All processes draw the same batches and take every n-th image, equally many each. A last batch
     that leaves a process with one image is skipped: batch normalisation needs two.
     """
-    n, first = world(), rank()
+    n, first = processes.world(), processes.rank()
     for images, targets in task.batches("train", batch_size, generator=generator, device=device):
         each = len(images) // n
         if each >= 2:
@@ -326,22 +354,13 @@ def _shards(
             yield images[mine], targets[mine]
 
 
-def _mean_of_all(loss: Tensor) -> float:
-    """Return the loss of the whole batch, so that all processes judge it alike."""
-    if world() == 1:
-        return loss.item()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / world()
-
-
 def _validation_score(model: nn.Module, task: Task, predict: Predict) -> float:
     """Score the network of rank 0, after giving its running statistics to the other processes."""
-    if world() > 1:
+    if processes.world() > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-    return from_main(lambda: task.score(predict, "validation"))
+    return processes.from_main(lambda: task.score(predict, "validation"))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from filterpress.stages.handover import (
 )
 
 if TYPE_CHECKING:
+    from filterpress.checkpoints import Checkpoint
     from filterpress.tasks import Task
     from filterpress.training import FitConfig, Progress
 
@@ -37,6 +38,7 @@ def train(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    scratch: str = "",
     config: str = "{}",
 ) -> Report:
     """Train a network, or take one that is trained already.
@@ -51,11 +53,14 @@ def train(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of the weights, the order of the images and their augmentation.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
+            goes on; empty for none.
         config: JSON object with fields of FitConfig, such as {"epochs": 10}.
 
     Returns:
         Report with the network's size, accuracy, parameters and multiply-accumulates.
     """
+    given = {k: v for k, v in locals().items() if k not in ("out", "scratch", "weights")}
     from filterpress import measurement, models, package, settings
     from filterpress.processes import first_here, from_main, is_main
     from filterpress.tasks import load_task
@@ -69,9 +74,18 @@ def train(
     network = models.build(model, its_task.input_shape, its_task.n_classes, seed=seed)
     if weights:
         models.load_weights(network, weights)
+    checkpoint = None
     if fields or not weights:
+        checkpoint = _checkpoint(scratch, "train", given, weights=weights)
         with _progress("train", its_task, fit_config) as advance:
-            fit(network, its_task, fit_config, seed=seed, progress=advance)
+            fit(
+                network,
+                its_task,
+                fit_config,
+                seed=seed,
+                progress=advance,
+                checkpoint=checkpoint,
+            )
     baseline = measurement.baseline(network, its_task)
     report = {
         "stage": "train",
@@ -94,6 +108,8 @@ def train(
     if is_main():
         with files.new_directory(out) as draft:
             package.save(trained, draft)
+    if checkpoint:
+        checkpoint.delete()
     return report
 
 
@@ -110,6 +126,7 @@ def retrain(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    scratch: str = "",
     config: str = "{}",
 ) -> Report:
     """Fine-tune the quantised network to imitate the trained one, until the floor is met.
@@ -126,11 +143,14 @@ def retrain(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of the order of the images and their augmentation.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
+            goes on; empty for none.
         config: JSON object with fields of RetrainConfig, such as {"epochs": 5}.
 
     Returns:
         Report with the epochs used and the validation accuracy reached.
     """
+    given = {k: v for k, v in locals().items() if k not in ("out", "scratch", "model", "trained")}
     from filterpress import package, settings
     from filterpress.processes import first_here, from_main
     from filterpress.retraining import RetrainConfig, retrain_quantized
@@ -145,6 +165,7 @@ def retrain(
     from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
     evaluated = evaluated_report(source, encoded_file(model))
+    checkpoint = _checkpoint(scratch, "retrain", given, model, trained)
     with _progress("retrain", its_task, its_config) as advance:
         network, notes = retrain_quantized(
             source.network,
@@ -157,8 +178,25 @@ def retrain(
             size=lambda network: len(package.encode(source, network)),
             seed=seed + attempt,
             progress=advance,
+            checkpoint=checkpoint,
         )
-    return hand_on(out, source, network, {"stage": "retrain", "retrains": attempt + 1, **notes}, {})
+    told = {"stage": "retrain", "retrains": attempt + 1, **notes}
+    report = hand_on(out, source, network, told, {})
+    if checkpoint:
+        checkpoint.delete()
+    return report
+
+
+def _checkpoint(
+    scratch: str, stage: str, given: Report, *packages: Path, weights: str = ""
+) -> Checkpoint | None:
+    """Open the checkpoint of a training, unless it is to have none."""
+    from filterpress.checkpoints import Checkpoint, name_of
+    from filterpress.scratch import open_scratch
+
+    if not scratch:
+        return None
+    return Checkpoint(open_scratch(scratch), name_of(stage, given, packages, weights))
 
 
 @contextlib.contextmanager

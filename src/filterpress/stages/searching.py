@@ -50,6 +50,7 @@ def search(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    scratch: str = "",
     cluster_config: str = "{}",
     reduce_config: str = "{}",
     retrain_config: str = "{}",
@@ -74,6 +75,8 @@ def search(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of everything random.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
+            goes on; empty for none.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.
         reduce_config: JSON object with a method of the reduce stage and fields of its config.
         retrain_config: JSON object with fields of RetrainConfig.
