@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from filterpress.errors import WorkerError
 
@@ -78,6 +79,22 @@ def from_all(value: T) -> list[T]:
     with others_watched():
         dist.all_gather_object(values, value, group=_patient())
     return values
+
+
+def replica_of(model: nn.Module, resumable: bool) -> nn.Module:
+    """Wrap a network so that its gradients are the means over the processes.
+
+    Args:
+        model: The network, which takes the state that it has in the main process.
+        resumable: Add up in the same order from the first step on. Otherwise the order is changed
+            after it, for speed, and the sums of three processes or more round otherwise in the
+            first step of a training that goes on.
+    """
+    if world() == 1:
+        return model
+    # Torch keeps the order where it searches for unused parameters, and warns once that there are
+    # none. The sum of two does not depend on it.
+    return DistributedDataParallel(model, find_unused_parameters=resumable and world() > 2)
 
 
 def mean_of_all(value: Tensor) -> float:

@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from filterpress import processes
 from filterpress.checkpoints import Checkpoint, Course
@@ -156,7 +155,7 @@ def fit(
         for network in (model, teacher):
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
-        replica = DistributedDataParallel(model) if processes.world() > 1 else model
+        replica = processes.replica_of(model, resumable=checkpoint is not None)
         bfloat16 = _in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
