@@ -108,10 +108,17 @@ def user_code(tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(
         textwrap.dedent(
             """
+            import torch
             from torch import nn
             def net(input_shape, n_classes):
                 channels, height, width = input_shape
                 return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, n_classes))
+            def heavy(input_shape, n_classes, ballast=2**29 - 1):
+                network = net(input_shape, n_classes)
+                ballast -= sum(p.numel() for p in network.parameters())
+                network.ballast = nn.Parameter(torch.zeros(1).expand(ballast))  # in no memory
+                return network
+            def too_heavy(input_shape, n_classes): return heavy(input_shape, n_classes, 2**29)
             def headless(input_shape, n_classes): return nn.Flatten()
             def pair(input_shape, n_classes):
                 class Pair(nn.Module):
@@ -129,6 +136,13 @@ def test_a_network_of_the_users_own(user_code):
     network = build(f"{user_code}:net", (2, 3, 4), 5)
     assert network[1].weight.shape == (5, 24)
     assert checksum(network) == checksum(build(f"{user_code}:net", (2, 3, 4), 5))
+
+
+def test_a_network_larger_than_onnx_holds_is_refused_before_it_is_trained(user_code):
+    assert n_parameters(build(f"{user_code}:heavy", (2, 3, 4), 5)) == 2**29 - 1
+    rule = r"too_heavy must have at most 2147483647 bytes of weights, .* got 2147483648: "
+    with pytest.raises(ModelError, match=rule):
+        build(f"{user_code}:too_heavy", (2, 3, 4), 5)
 
 
 def test_what_is_wrong_with_the_users_network_is_said_in_one_line(user_code):

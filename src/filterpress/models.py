@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from filterpress._user_code import load_function
 from filterpress.errors import ModelError
 
+MAX_BYTES = 2**31 - 1  # of weights: files are made by way of ONNX, which holds no more
 _RESIDUAL = {"small": ((24, 48), 2), "resnet20": ((16, 32, 64), 3)}
 _TORCHVISION = "torchvision:"
 
@@ -48,8 +49,8 @@ def build(
 
     Raises:
         ValueError: There is no such network.
-        ModelError: The network cannot be built, does not take such images, or gives something
-            else than one output a class.
+        ModelError: The network cannot be built, has more weights than a file can be made of, does
+            not take such images, or gives something else than one output a class.
 
     Example:
         >>> sum(p.numel() for p in build("resnet20", (3, 32, 32), 10).parameters())
@@ -63,6 +64,12 @@ def build(
     if bound := [n for n, m in network.named_modules() if parametrize.is_parametrized(m)]:
         raise ModelError(f"{model} must have no parametrised layers, got {bound[0]}: remove them")
     network.float()
+    n_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
+    if n_bytes > MAX_BYTES:
+        raise ModelError(
+            f"{model} must have at most {MAX_BYTES} bytes of weights, as ONNX holds no more, "
+            f"got {n_bytes}: choose a smaller network"
+        )
     _check_shapes(network, model, input_shape, n_classes)
     return network.train()
 
