@@ -21,7 +21,6 @@ from typing import Any
 
 from slopes import (
     COLOURS,
-    TARGET,
     draw,
     law_of,
     memory,
@@ -90,14 +89,14 @@ def time_of(seconds: float) -> str:
 
 
 def network_tables(points: Sequence[Json]) -> dict[str, str]:
-    """Lay out the stages by the size of the network, and what they come to at `TARGET`."""
+    """Lay out the stages by the size of the network, and what a billion parameters come to."""
     sizes = [p["parameters"] for p in points]
     taken, slopes = [], []
     for stage in STAGES:
         spent = [(n, processor_seconds(p, stage)) for n, p in zip(sizes, points, strict=True)]
         held = [(n, memory(p, stage)) for n, p in zip(sizes, points, strict=True)]
         taken.append([stage, *(figures(seconds) for _, seconds in spent)])
-        law, (low, high) = law_of(spent), sorted(on_by_law(spent, TARGET))
+        law, (low, high) = law_of(spent), sorted(on_by_law(stage, spent))
         slopes.append(
             [
                 stage,
@@ -106,7 +105,7 @@ def network_tables(points: Sequence[Json]) -> dict[str, str]:
                 f"{law.last:.2f}",
                 f"{time_of(low)} to {time_of(high)}",
                 f"{slope_of(held):.0f}",
-                f"{on_by_line(held, TARGET) / 1e9:.0f} GB",
+                f"{on_by_line(held) / 1e9:.0f} GB",
             ]
         )
     peak = ["most memory, GB"]

@@ -17,6 +17,7 @@ Json = dict[str, Any]
 Points = Sequence[tuple[float, float]]
 Ends = dict[str, float]
 TARGET = 1e9  # parameters to reckon on to
+CUBIC = ("prune", "cluster", "reduce")  # in the width, of whose square parameters go
 FITTED = 4  # the largest points; what is fixed shows in smaller ones
 HEIGHT = 3.6  # inches
 GAP = 0.06  # of the height of a panel, between two names
@@ -59,14 +60,15 @@ def law_of(points: Points) -> Law:
     return Law(float(np.exp(offset)), float(exponent), float(off), float(last))
 
 
-def on_by_law(points: Points, n: float) -> tuple[float, float]:
-    """Reckon on by the law; and from the largest point by the steepest of three slopes.
+def on_by_law(stage: str, points: Points) -> tuple[float, float]:
+    """Reckon on to `TARGET` by the law; and from the largest point by the steepest of slopes.
 
-    These are the law's, that of the last two points, and 1, since no stage skips a weight.
+    These are the law's, that of the last two points, and 1, since no stage skips a weight, or 1.5
+    in a stage that factors matrices with a row for each weight of a filter.
     """
     law, (last, value) = law_of(points), max(points)
-    steepest = max(1.0, law.exponent, law.last)
-    return law.factor * n**law.exponent, value * (n / last) ** steepest
+    steepest = max(1.5 if stage in CUBIC else 1.0, law.exponent, law.last)
+    return law.factor * TARGET**law.exponent, value * (TARGET / last) ** steepest
 
 
 def slope_of(points: Points) -> float:
@@ -75,10 +77,10 @@ def slope_of(points: Points) -> float:
     return (value - y) / (last - x)
 
 
-def on_by_line(points: Points, n: float) -> float:
-    """Reckon on by that line: what memory has besides it is fixed."""
+def on_by_line(points: Points) -> float:
+    """Reckon on to `TARGET` by that line: what memory has besides it is fixed."""
     last, value = max(points)
-    return value + slope_of(points) * (n - last)
+    return value + slope_of(points) * (TARGET - last)
 
 
 def processor_seconds(point: Json, stage: str) -> float:
@@ -107,10 +109,10 @@ def draw(points: Sequence[Json]) -> bytes:
         left, right = figure.subplots(1, 2)
         left.set_title("seconds of one core", loc="left", fontsize=10)
         spent = {s: [(p["parameters"], processor_seconds(p, s)) for p in points] for s in COLOURS}
-        _panel(left, spent, {stage: on_by_law(spent[stage], TARGET)[1] for stage in spent})
+        _panel(left, spent, {stage: on_by_law(stage, spent[stage])[1] for stage in spent})
         right.set_title("memory beside that of the libraries, GB", loc="left", fontsize=10)
         held = {s: [(p["parameters"], memory(p, s) / 1e9) for p in points] for s in COLOURS}
-        _panel(right, held, {stage: on_by_line(held[stage], TARGET) for stage in held})
+        _panel(right, held, {stage: on_by_line(held[stage]) for stage in held})
         figure.supxlabel("parameters", fontsize=10)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
