@@ -107,6 +107,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         image_size: int = 0,
         task: str = "",
         seed: int = 0,
+        scratch: str = "",
         max_size: str = "12x",
         min_accuracy: str = "-1pp",
         max_rounds: int = 2,
@@ -139,6 +140,8 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
             image_size: Data: height and width in pixels; 0 keeps the data set's own.
             task: Data: package.module:function of a task of your own.
             seed: Data: seed of everything random.
+            scratch: Machines: folder or bucket for checkpoints, from which a training that was
+                stopped goes on; empty for none.
             max_size: Goal: storage threshold of the published file, as bytes, 300KB, 300KiB or
                 12x; or smallest, for the smallest file that keeps the accuracy threshold.
             min_accuracy: Goal: accuracy threshold, a fraction (0.92), or percentage points below

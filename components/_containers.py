@@ -14,6 +14,8 @@ from kfp import local
 from filterpress.errors import FilterpressError
 from filterpress.release.keys import keys_for
 
+#: Parameters that name what lies outside of the steps.
+PLACES = ("weights", "data_dir", "scratch", "store", "keys")
 _READ_ONLY = {"weights", "data"}
 
 
@@ -97,7 +99,10 @@ def outside(arguments: dict[str, Any], out: Path) -> dict[str, Path]:
     Raises:
         ValueError: One is relative, or missing: an engine mounts only what is there.
     """
-    given = {name: arguments.get(name, "") for name in ("weights", "data_dir", "store", "keys")}
+    given = {
+        name: arguments.get(name, "")
+        for name in ("weights", "data_dir", "scratch", "store", "keys")
+    }
     if given["store"]:
         given["keys"] = str(keys_for(given["store"], given["keys"]))
     kind, _, folder = arguments.get("data", "").partition(":")

@@ -267,13 +267,14 @@ def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
     """Make paths absolute: a step runs in a process and a folder of its own.
 
     Args:
-        parameters: Parameters as given; an empty store, if it has one, becomes a folder of the run.
+        parameters: Parameters as given; empty places to write to become folders of the run.
         out: Folder of the run.
     """
     here = dict(parameters)
     if "store" in here:
         here["store"] = here["store"] or str(out / "release")
-    for name in ("weights", "data_dir", "store", "keys"):
+    here["scratch"] = here["scratch"] or str(out / "scratch")
+    for name in _containers.PLACES:
         if here.get(name) and "://" not in here[name]:
             here[name] = str(Path(here[name]).resolve())
     return here

@@ -104,6 +104,7 @@ def make_retrain_loop(number: int, retrains: int, policy: Policy) -> GraphCompon
         data_dir: str,
         image_size: int,
         task: str,
+        scratch: str,
         cpu: str,
         memory: str,
         accelerator: str,

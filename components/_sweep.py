@@ -51,6 +51,7 @@ def build_sweep(
         image_size: int = 0,
         task: str = "",
         seed: int = 0,
+        scratch: str = "",
         sizes: list = ["10x", "20x", "40x"],  # noqa: B006 (KFP copies it into the form)
         min_accuracy: str = "-1pp",
         max_retrains: int = 1,
@@ -76,6 +77,8 @@ def build_sweep(
             image_size: Data: height and width in pixels; 0 keeps the data set's own.
             task: Data: package.module:function of a task of your own.
             seed: Data: seed of everything random.
+            scratch: Machines: folder or bucket for checkpoints, from which a training that was
+                stopped goes on; empty for none.
             sizes: Goal: JSON list of sizes of the file, each as bytes, 300KB, 300KiB or 12x.
             min_accuracy: Goal: accuracy up to which a network is retrained, a fraction (0.92), or
                 percentage points below the trained network (-1pp).

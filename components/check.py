@@ -16,6 +16,7 @@ def check(
     max_retrains: int,
     max_minutes: int,
     size_tries: int,
+    scratch: str,
     store: str,
     keys: str,
     channel: str,
@@ -40,6 +41,7 @@ def check(
         max_retrains: Retrains allowed in a round.
         max_minutes: Time for finding the smallest file.
         size_tries: Pairs of cluster and reduce in a round.
+        scratch: Folder or bucket for checkpoints.
         store: Folder or bucket to publish to.
         keys: Folder of the signing keys.
         channel: Kind of vehicle and channel; empty for none.
@@ -64,6 +66,7 @@ def check(
         max_retrains=max_retrains,
         max_minutes=max_minutes,
         size_tries=size_tries,
+        scratch=scratch,
         store=store,
         keys=keys,
         channel=channel,

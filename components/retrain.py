@@ -18,6 +18,7 @@ def retrain(
     data_dir: str,
     image_size: int,
     task: str,
+    scratch: str,
     retrained: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -36,6 +37,7 @@ def retrain(
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
+        scratch: Folder or bucket for checkpoints; empty for none.
         retrained: Package with retrained numbers.
         page: The story of the package so far.
         report: What the stage found.
@@ -57,6 +59,7 @@ def retrain(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
+        scratch=scratch,
     )
     recording.record(found, report, retrained)
     reporting.write_html(Path(retrained.path), Path(page.path))

@@ -22,6 +22,7 @@ def search(
     data_dir: str,
     image_size: int,
     task: str,
+    scratch: str,
     found: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -44,6 +45,7 @@ def search(
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
+        scratch: Folder or bucket for checkpoints; empty for none.
         found: Package with the smallest file, or the one that came.
         page: The story of the package so far.
         report: What the stage found.
@@ -72,6 +74,7 @@ def search(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
+        scratch=scratch,
     )
     recording.record(outcome, report, found)
     reporting.write_html(Path(found.path), Path(page.path))

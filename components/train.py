@@ -15,6 +15,7 @@ def train(
     data_dir: str,
     image_size: int,
     task: str,
+    scratch: str,
     trained: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -30,6 +31,7 @@ def train(
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
+        scratch: Folder or bucket for checkpoints; empty for none.
         trained: Package with the trained network.
         page: The story of the package so far.
         report: What the stage found.
@@ -48,6 +50,7 @@ def train(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
+        scratch=scratch,
     )
     recording.record(found, report, trained)
     reporting.write_html(Path(trained.path), Path(page.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import logging
 import signal
 import socket
 import subprocess
@@ -21,6 +22,12 @@ def seeded():
     """Begin each test with the same numbers: pytest-randomly seeds Python and NumPy, not torch."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Begin each test with the levels of logging that a library leaves alone: commands set them."""
+    logging.getLogger("filterpress").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

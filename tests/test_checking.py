@@ -21,6 +21,7 @@ BAD = [
     ("max_retrains", -1, "max_retrains must be at least 0, got -1"),
     ("max_minutes", -1, "max_minutes must be at least 0, got -1"),
     ("size_tries", 0, "size_tries must be at least 1, got 0"),
+    ("scratch", "s3://bucket/runs", "scratch must be a directory or gs://bucket/prefix"),
     ("store", "ftp://host/models", "store must be a directory or gs://bucket/prefix"),
     ("store", "gs://bucket/models", "keys must name the folder of signing keys"),
     ("channel", "stable", "channel must be letters"),

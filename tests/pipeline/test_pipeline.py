@@ -179,7 +179,7 @@ def test_every_parameter_of_the_form_has_a_default_and_a_help_text_with_its_grou
         assert text, name
         assert "defaultValue" in parameter, name
         groups.append(group)
-    assert set(groups) == {"Train", "Data", "Goal", "Methods", "Publish", "Cluster"}
+    assert set(groups) == {"Train", "Data", "Goal", "Machines", "Methods", "Publish", "Cluster"}
 
 
 def test_nothing_but_the_report_runs_before_the_settings_were_looked_at():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from filterpress.budget import Budget, check_spelling
+from filterpress.scratch import open_scratch
 from filterpress.stages.handover import Report
 from filterpress.stages.tables import check_configs
 
@@ -22,6 +23,7 @@ def check(
     max_retrains: int = 2,
     max_minutes: int = 60,
     size_tries: int = 2,
+    scratch: str = "",
     store: str = "",
     keys: str = "",
     channel: str = "any/stable",
@@ -48,6 +50,7 @@ def check(
         max_retrains: Retrains in a round at most.
         max_minutes: Time for finding the smallest file.
         size_tries: Passes of cluster and reduce in a round at most.
+        scratch: Folder or gs://bucket/prefix for checkpoints; empty for none.
         store: Folder or gs://bucket/prefix to publish to; empty for none.
         keys: Folder of signing keys.
         channel: Kind of vehicle and name of the channel; empty for none.
@@ -78,6 +81,8 @@ def check(
         retrain_config=retrain_config,
     )
     _check_sources(model, data, image_size, task)
+    if scratch:
+        open_scratch(scratch)
     _check_release(store, keys, channel, percent)
     return {"stage": "check"}
 
