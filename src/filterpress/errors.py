@@ -9,7 +9,8 @@ FilterpressError
 ├── ModelError        a network that cannot be built, loaded or compressed
 ├── ReleaseError      a store, key or signature that publication cannot trust
 ├── ScratchError      a place for checkpoints that cannot be used
-└── WorkerError       another process of the same training that is gone
+├── WorkerError       another process of the same training that is gone
+└── ClusterError      a Kubernetes cluster that does not answer, or refuses
 ```
 
 The caller's own mistakes (a wrong type, a value out of range) are ``TypeError`` and
@@ -54,3 +55,16 @@ class ScratchError(FilterpressError):
 
 class WorkerError(FilterpressError):
     """Another process of the same training died or does not answer."""
+
+
+class ClusterError(FilterpressError):
+    """A Kubernetes cluster does not answer, or refuses.
+
+    Args:
+        message: What and why.
+        status: Status of its answer; 0 if there was none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from filterpress import kubernetes_api
 from filterpress.errors import ReleaseError
 from filterpress.release import cluster, kube, latest, publish, publish_network, rollout
-from tests.release.api_server import NAMESPACE, TOKEN, ApiServer
+from tests.api_server import NAMESPACE, TOKEN, ApiServer
 from tests.release.encoded import network, weight
 from tests.release.test_rollout import release, target_of
 
@@ -255,7 +256,7 @@ def test_a_publisher_that_may_not_tell_the_cluster_says_so_and_publishes(
 def test_a_cluster_that_cannot_be_reached_stops_no_publication(
     pod, api, place, caplog, trouble, monkeypatch
 ):
-    monkeypatch.setattr(kube, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(kubernetes_api, "_TIMEOUT_S", 0.3)
     silent = socket.create_server(("127.0.0.1", 0))
     if trouble == "nobody listens":
         api.close()

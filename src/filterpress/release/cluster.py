@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filterpress.errors import ReleaseError
+from filterpress.errors import ClusterError
 from filterpress.release.channel import Channel
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def _open() -> Kube | None:
         return Kube(_ACCOUNT)
     except ImportError:
         _log.warning("the cluster is not told: it takes pip install 'filterpress[publish]'")
-    except ReleaseError as error:
-        _log.warning("%s", error)
+    except ClusterError as error:
+        _log.warning("cannot tell the cluster: %s", error)
     return None
 
 
@@ -77,7 +77,7 @@ def _told(tell: Callable[[], None]) -> bool:
     """Tell the cluster something; where that fails, the store is what counts."""
     try:
         tell()
-    except ReleaseError as error:
+    except ClusterError as error:
         _log.warning("%s", error)
         return False
     return True

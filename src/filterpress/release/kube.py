@@ -7,26 +7,20 @@ inside a cluster only.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import socket
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from kubernetes.client import ApiClient, ApiException, Configuration
-from kubernetes.config import ConfigException
-from kubernetes.config.incluster_config import InClusterConfigLoader
-from urllib3.exceptions import HTTPError
-
-from filterpress.errors import ReleaseError
+from filterpress.errors import ClusterError
+from filterpress.kubernetes_api import Api
 from filterpress.release.channel import Channel, Json
 
 MANAGER = "filterpress"  # of the fields that are applied
-_CONFLICT, _NOT_FOUND = 409, 404
-_TIMEOUT_S = 5
 _LEASE_S = 60
 _PATIENCE_S = 30
 _PAUSE_S = 0.5
@@ -41,18 +35,12 @@ class Kube:
         account: Folder of the service account: ``token``, ``ca.crt`` and ``namespace``.
 
     Raises:
-        ReleaseError: The folder is not complete, or this is no pod.
+        ClusterError: The folder is not complete, or this is no pod.
     """
 
     def __init__(self, account: Path) -> None:
-        configuration = Configuration()
-        try:
-            InClusterConfigLoader(account / "token", account / "ca.crt").load_and_set(configuration)
-            self._namespace = (account / "namespace").read_text(encoding="utf-8").strip()
-        except (ConfigException, OSError) as error:
-            raise ReleaseError(f"cannot tell the cluster: {error}") from error
-        configuration.retries = False
-        self._api = ApiClient(configuration)
+        self._api = Api(account)
+        self._namespace = self._api.namespace
         self._me = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
 
     def show(self, action: str, channel: Channel, store: str) -> None:
@@ -64,10 +52,10 @@ class Kube:
             store: Where it is.
 
         Raises:
-            ReleaseError: The cluster cannot be reached or does not allow it.
+            ClusterError: The cluster cannot be reached or does not allow it.
         """
         name = _name(store, channel.path)
-        applied = self._request(
+        applied = self._api.request(
             "PATCH",
             f"/api/v1/namespaces/{self._namespace}/configmaps/{name}",
             self._described("v1", "ConfigMap", name, data=state_of(channel, store)),
@@ -76,7 +64,7 @@ class Kube:
         )
         if channel.changed:
             path = f"/apis/events.k8s.io/v1/namespaces/{self._namespace}/events"
-            self._request("POST", path, self._event(action, channel, applied))
+            self._api.request("POST", path, self._event(action, channel, applied))
 
     def _event(self, action: str, channel: Channel, about: Json) -> Json:
         known = ("name", "namespace", "uid", "resourceVersion")
@@ -103,12 +91,12 @@ class Kube:
             store: The store.
 
         Raises:
-            ReleaseError: As for `show`, or others have had their turn for very long.
+            ClusterError: As for `show`, or others have had their turn for very long.
         """
         end = time.monotonic() + _PATIENCE_S
         while not self._try_to_acquire(store):
             if time.monotonic() > end:
-                raise ReleaseError(f"not waiting any longer for the lease {_name(store)}")
+                raise ClusterError(f"not waiting any longer for the lease {_name(store)}")
             time.sleep(_PAUSE_S)
 
     def release(self, store: str) -> None:
@@ -118,7 +106,7 @@ class Kube:
             store: As for `acquire`.
 
         Raises:
-            ReleaseError: As for `show`.
+            ClusterError: As for `show`.
         """
         held = self._lease(store)
         if held and held["spec"].get("holderIdentity") == self._me:
@@ -131,7 +119,7 @@ class Kube:
         if not held:
             body = self._described("coordination.k8s.io/v1", "Lease", _name(store))
             body["spec"] = self._turn(now, 0)
-            return bool(self._request("POST", self._leases, body, none_if=_CONFLICT))
+            return bool(self._api.request("POST", self._leases, body, none_if=HTTPStatus.CONFLICT))
         if _is_held(held["spec"], now):
             return False
         held["spec"] = self._turn(now, held["spec"].get("leaseTransitions", 0) + 1)
@@ -152,51 +140,18 @@ class Kube:
 
     def _lease(self, store: str) -> Json:
         """Return a lease; nothing if there is none."""
-        return self._request("GET", f"{self._leases}/{_name(store)}", none_if=_NOT_FOUND)
+        return self._api.request(
+            "GET", f"{self._leases}/{_name(store)}", none_if=HTTPStatus.NOT_FOUND
+        )
 
     def _replace_lease(self, lease: Json) -> bool:
         """Write a lease, unless somebody has since it was read: its resourceVersion tells."""
         path = f"{self._leases}/{lease['metadata']['name']}"
-        return bool(self._request("PUT", path, lease, none_if=_CONFLICT))
+        return bool(self._api.request("PUT", path, lease, none_if=HTTPStatus.CONFLICT))
 
     def _described(self, version: str, kind: str, name: str, **fields: Any) -> Json:
         metadata = {"name": name, "namespace": self._namespace, "labels": _LABELS}
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **fields}
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        body: Json | None = None,
-        *,
-        content_type: str = "application/json",
-        query: list[tuple[str, str]] | None = None,
-        none_if: int = 0,
-    ) -> Json:
-        """Send a request; the answer is empty if its status is the one that means none.
-
-        Raises:
-            ReleaseError: As for `show`.
-        """
-        # Not by the typed clients: those of the version that kfp allows cannot apply; and the
-        # dynamic one first asks for all that a cluster has, with no limit of time.
-        try:
-            answer: Json = self._api.call_api(
-                path,
-                method,
-                query_params=query or [],
-                header_params={"Accept": "application/json", "Content-Type": content_type},
-                body=body,
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=(_TIMEOUT_S, _TIMEOUT_S),  # to connect, and between two bytes
-            )
-        except (ApiException, HTTPError, OSError) as error:
-            if none_if and getattr(error, "status", None) == none_if:
-                return {}
-            raise ReleaseError(f"cannot {method} {path}: {_reason(error)}") from error
-        return answer
 
 
 def state_of(channel: Channel, store: str) -> dict[str, str]:
@@ -246,13 +201,3 @@ def _is_held(spec: Json, now: datetime) -> bool:
         return False
     seconds = timedelta(seconds=spec.get("leaseDurationSeconds", 0))
     return now < datetime.fromisoformat(spec["renewTime"]) + seconds
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line why a request failed; a server says it as JSON."""
-    if not isinstance(error, ApiException):
-        return str(error).partition("\n")[0][:200]
-    try:
-        return str(json.loads(error.body)["message"])[:200]
-    except (ValueError, TypeError, KeyError):
-        return f"{error.status} {error.reason}".replace("\n", " ")

@@ -1,4 +1,4 @@
-"""As much of a Kubernetes API server as a publisher talks to, over TLS, on loopback.
+"""As much of a Kubernetes API server as filterpress talks to, over TLS, on loopback.
 
 It holds to what a real one does: tokens, rights, names that are taken, versions that have moved on,
 fields that belong to whoever applied them, and objects that must be valid.
@@ -13,9 +13,11 @@ import re
 import ssl
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+import jsonschema
 import kubernetes_validate
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -23,9 +25,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from tests.manifests.schemas import check
+
 TOKEN = "token-of-the-pod"
 NAMESPACE = "fleet"
-_PATH = re.compile(r"/(?:api|apis/[a-z0-9.]+)/v1/namespaces/fleet/([a-z]+)(?:/([a-z0-9.-]+))?")
+_PATH = re.compile(
+    r"/(?:api/v1|apis/[a-z0-9.]+/v1(?:alpha1)?)/namespaces/fleet/([a-z]+)(?:/([a-z0-9.-]+))?"
+)
+
+
+_VERBS = {**{"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}}
 
 
 class RefusedError(Exception):
@@ -39,12 +48,19 @@ class ApiServer:
 
     Attributes:
         objects: What there is.
+        kinds: Kinds that it knows.
         forbidden: Verb and kind that the service account may not use, such as ("patch", "leases").
+        asked: Verbs and kinds that were asked for.
+        token: What it lets in.
+        troubles: Statuses of the next answers, whatever is asked.
         owners: Who applied which keys of ``data``, by kind and name.
     """
 
+    kinds = frozenset({"configmaps", "events", "leases", "pods"})
+
     def __init__(self, folder):
         self.objects, self.forbidden, self.owners = {}, set(), {}
+        self.asked, self.token, self.troubles = set(), TOKEN, []
         self._versions, self._lock = itertools.count(1), threading.Lock()
         certificate, key = _certificate()
         (folder / "ca.crt").write_bytes(certificate)
@@ -54,7 +70,8 @@ class ApiServer:
         context.load_cert_chain(folder / "server.pem")
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        serve = partial(self._server.serve_forever, poll_interval=0.01)  # it ends that soon
+        threading.Thread(target=serve, daemon=True).start()
 
     def close(self):
         self._server.shutdown()
@@ -82,14 +99,14 @@ class ApiServer:
         return self._keep(where, {**body, "data": data | body["data"]})
 
     def _keep(self, where, body):
+        try:
+            check(body, "1.31")
+        except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+            raise RefusedError(422, "Invalid", error.message) from error
         old = self.objects.get(where, {}).get("metadata", {})
         version, now = str(next(self._versions)), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         made = {"uid": old.get("uid", f"uid-{version}"), "creationTimestamp": now}
         body = {**body, "metadata": {**body["metadata"], **made, "resourceVersion": version}}
-        try:
-            kubernetes_validate.validate(body, "1.31", strict=True)
-        except kubernetes_validate.ValidationError as error:
-            raise RefusedError(422, "Invalid", error.message) from error
         self.objects[where] = body
         return body
 
@@ -98,14 +115,15 @@ class ApiServer:
         url = urlsplit(target)
         found = _PATH.fullmatch(url.path)
         try:
-            if headers.get("Authorization", "").lower() != f"bearer {TOKEN}":
+            if headers.get("Authorization", "").lower() != f"bearer {self.token}":
                 raise RefusedError(401, "Unauthorized", "Unauthorized")
-            if found is None:
-                raise RefusedError(
-                    404, "NotFound", "the server could not find the requested resource"
-                )
+            if self.troubles:
+                raise RefusedError(self.troubles.pop(0), "Trouble", "the server is in trouble")
+            if found is None or found[1] not in self.kinds:
+                return 404, "404 page not found\n"
             kind, name = found.groups()
-            verb = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch"}[method]
+            verb = "list" if method == "GET" and not name else _VERBS[method]
+            self.asked.add((verb, kind))
             if (verb, kind) in self.forbidden:
                 raise RefusedError(403, "Forbidden", f"{kind} is forbidden: cannot {verb} {kind}")
             with self._lock:
@@ -121,6 +139,15 @@ class ApiServer:
         if where not in self.objects:
             raise RefusedError(404, "NotFound", f'{where[0]} "{where[1]}" not found')
         return self.objects[where]
+
+    def _list(self, where, body, headers, query):
+        ((key, value),) = [term.split("=") for term in query["labelSelector"]]
+        labelled = [f for f in self.of(where[0]) if f["metadata"]["labels"].get(key) == value]
+        return {"kind": "List", "items": labelled}
+
+    def _delete(self, where, *_):
+        self._get(where)
+        return self.objects.pop(where)
 
     def _create(self, where, body, *_):
         where = where[0], body["metadata"]["name"]
@@ -150,14 +177,15 @@ class ApiServer:
                 sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 body = json.loads(sent) if sent else None
                 status, found = server.answer(self.command, self.path, self.headers, body)
-                data = json.dumps(found).encode()
+                text = isinstance(found, str)
+                data = (found if text else json.dumps(found)).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/plain" if text else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_PUT = do_PATCH = _do  # noqa: N815 (http.server's names)
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _do  # noqa: N815 (http.server's names)
 
             def log_message(self, *_):
                 pass
