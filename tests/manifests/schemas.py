@@ -1,6 +1,7 @@
 """Schemas of custom resources, of the fields that the manifests use and no others.
 
-From the definitions of Kubeflow Pipelines 2.16, Argo CD 3 and Flux 2.
+From the definitions of Kubeflow Pipelines 2.16, Kubeflow Trainer 2.0 to 2.3, which do not differ in
+these fields, Argo CD 3 and Flux 2.
 """
 
 import jsonschema
@@ -91,11 +92,53 @@ CUSTOM["Kustomization"] = resource(
         },
     ),
 )
+TRAINER = "trainer.kubeflow.org/v1alpha1"
+COUNT = {"type": "integer", "minimum": 1}
+CUSTOM["TrainJob"] = resource(
+    TRAINER,
+    "TrainJob",
+    record(
+        ["runtimeRef"],
+        # Without a kind it is a runtime of the whole cluster.
+        runtimeRef=record(["name", "kind"], name=NAME, kind={"const": "TrainingRuntime"}),
+        trainer=record(
+            image=TEXT,
+            command={"type": "array", "items": TEXT},
+            args={"type": "array", "items": {"type": "string"}},
+            numNodes=COUNT,
+        ),
+    ),
+)
+CUSTOM["TrainingRuntime"] = resource(
+    TRAINER,
+    "TrainingRuntime",
+    record(
+        ["template"],
+        mlPolicy=record(numNodes=COUNT, torch=record()),
+        template=record(
+            spec=record(
+                replicatedJobs={
+                    "type": "array",
+                    "items": record(
+                        ["name", "template"],
+                        name=NAME,
+                        template=record(["spec"], metadata=record(labels=TEXTS), spec={}),
+                    ),
+                }
+            )
+        ),
+    ),
+)
 
 
 def check(found, version):
     """Refuse a resource that a cluster would refuse."""
     if found["kind"] in CUSTOM:
         jsonschema.validate(found, CUSTOM[found["kind"]])
+        for job in found["spec"].get("template", {}).get("spec", {}).get("replicatedJobs", []):
+            kind = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
+            kubernetes_validate.validate(
+                kind | {"spec": job["template"]["spec"]}, version, strict=True
+            )
     else:
         kubernetes_validate.validate(found, version, strict=True)
