@@ -42,6 +42,8 @@ def compress(
     size_tries: int = 2,
     seed: int = 0,
     scratch: str = "",
+    nodes: int = 1,
+    runtime: str = "filterpress",
     store: str = "",
     keys: str = "",
     name: str = "filterpress",
@@ -75,6 +77,9 @@ def compress(
         seed: Seed of everything random.
         scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
             goes on; empty for the folder scratch in out.
+        nodes: Machines to train on; more than one needs a Kubernetes cluster with Kubeflow Trainer,
+            and scratch in a bucket.
+        runtime: TrainingRuntime of the machines.
         store: Folder or gs://bucket/prefix to publish to; empty for the folder release in out.
         keys: Folder of signing keys, outside the store; empty for the folder keys beside a local
             store, where development keys are made if there are none.

@@ -8,8 +8,10 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -53,7 +55,9 @@ def polite(debug: bool) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 (a user sees one line, whatever it is)
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"error: {_one_line(error)}\n")
+        line = one_line(error)
+        sys.stderr.write(f"error: {line}\n")
+        _tell_torchrun(line)
         raise typer.Exit(NOT_MET if isinstance(error, BudgetError) else FAILED) from None
 
 
@@ -139,8 +143,19 @@ def _bars(console: Console) -> Iterator[None]:
             yield
 
 
-def _one_line(error: Exception) -> str:
-    """Say what went wrong; an error that nobody foresaw gives its type as well."""
+def _tell_torchrun(line: str) -> None:
+    """Leave an error where torchrun looks for it, so that it shows the one that was first."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": line, "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(said), encoding="utf-8")
+
+
+def one_line(error: Exception) -> str:
+    """Say what went wrong; an error that nobody foresaw gives its type as well.
+
+    Args:
+        error: The error.
+    """
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

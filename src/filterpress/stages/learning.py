@@ -1,6 +1,7 @@
 """The stages that train: ``train`` and ``retrain``.
 
 Under ``torchrun`` all processes train; only the first writes the package and uses standard output.
+Without it a stage asks `launching` where its work belongs, which may start the same stage there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filterpress import files
+from filterpress import files, launching
+from filterpress.launching.work import Work
 from filterpress.stages.handover import (
     Report,
     budget_of,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from filterpress.tasks import Task
     from filterpress.training import FitConfig, Progress
 
+PLACES = ("out", "scratch", "nodes", "runtime")  # arguments that say where, not what
+
 
 def train(
     out: Path,
@@ -39,6 +43,8 @@ def train(
     task: str = "",
     seed: int = 0,
     scratch: str = "",
+    nodes: int = 1,
+    runtime: str = "filterpress",
     config: str = "{}",
 ) -> Report:
     """Train a network, or take one that is trained already.
@@ -55,19 +61,30 @@ def train(
         seed: Seed of the weights, the order of the images and their augmentation.
         scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
             goes on; empty for none.
+        nodes: Machines to train on; more than one needs a Kubernetes cluster with Kubeflow Trainer,
+            and scratch in a bucket.
+        runtime: TrainingRuntime of the machines.
         config: JSON object with fields of FitConfig, such as {"epochs": 10}.
 
     Returns:
         Report with the network's size, accuracy, parameters and multiply-accumulates.
     """
-    given = {k: v for k, v in locals().items() if k not in ("out", "scratch", "weights")}
+    given = {k: v for k, v in locals().items() if k not in (*PLACES, "weights")}
     from filterpress import measurement, models, package, settings
+    from filterpress.checkpoints import name_of
     from filterpress.processes import first_here, from_main, is_main
     from filterpress.tasks import load_task
     from filterpress.training import FitConfig, fit
 
     fields = settings.parse(config)
     fit_config = settings.configure(FitConfig, fields)
+    trains = bool(fields or not weights)
+    launching.check(nodes, scratch)
+    if trains and launching.is_elsewhere(nodes):
+        inputs = {"weights": Path(weights)} if weights else {}
+        name = name_of("train", given, (), weights)
+        work = Work("train", inputs, given | {"scratch": scratch}, name)
+        return launching.launch(work, out, nodes=nodes, runtime=runtime)
     with first_here():
         its_task = load_task(data, data_dir, image_size, task)
     from_main(lambda: files.refuse_existing(out))
@@ -75,7 +92,7 @@ def train(
     if weights:
         models.load_weights(network, weights)
     checkpoint = None
-    if fields or not weights:
+    if trains:
         checkpoint = _checkpoint(scratch, "train", given, weights=weights)
         with _progress("train", its_task, fit_config) as advance:
             fit(
@@ -89,7 +106,7 @@ def train(
     baseline = measurement.baseline(network, its_task)
     report = {
         "stage": "train",
-        "trained": bool(fields or not weights),
+        "trained": trains,
         **measurement.against(baseline, baseline),
         "decision": None,
         "round": None,
@@ -127,6 +144,8 @@ def retrain(
     task: str = "",
     seed: int = 0,
     scratch: str = "",
+    nodes: int = 1,
+    runtime: str = "filterpress",
     config: str = "{}",
 ) -> Report:
     """Fine-tune the quantised network to imitate the trained one, until the floor is met.
@@ -145,26 +164,36 @@ def retrain(
         seed: Seed of the order of the images and their augmentation.
         scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
             goes on; empty for none.
+        nodes: Machines to train on; more than one needs a Kubernetes cluster with Kubeflow Trainer,
+            and scratch in a bucket.
+        runtime: TrainingRuntime of the machines.
         config: JSON object with fields of RetrainConfig, such as {"epochs": 5}.
 
     Returns:
         Report with the epochs used and the validation accuracy reached.
     """
-    given = {k: v for k, v in locals().items() if k not in ("out", "scratch", "model", "trained")}
+    given = {k: v for k, v in locals().items() if k not in (*PLACES, "model", "trained")}
     from filterpress import package, settings
+    from filterpress.checkpoints import name_of
     from filterpress.processes import first_here, from_main
     from filterpress.retraining import RetrainConfig, retrain_quantized
 
     if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
         return from_main(lambda: pass_on(model, out))
     its_config = settings.configure(RetrainConfig, settings.parse(config))
+    launching.check(nodes, scratch)
     source, teacher = package.load(model), package.load(trained)
     budget = budget_of(source, max_size, min_accuracy)
+    evaluated = evaluated_report(source, encoded_file(model))
+    if launching.is_elsewhere(nodes):
+        name = name_of("retrain", given, (model, trained))
+        inputs = {"model": model, "trained": trained}
+        work = Work("retrain", inputs, given | {"scratch": scratch}, name)
+        return launching.launch(work, out, nodes=nodes, runtime=runtime)
     with first_here():
         its_task = task_of(source, data, data_dir, image_size, task)
     from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
-    evaluated = evaluated_report(source, encoded_file(model))
     checkpoint = _checkpoint(scratch, "retrain", given, model, trained)
     with _progress("retrain", its_task, its_config) as advance:
         network, notes = retrain_quantized(

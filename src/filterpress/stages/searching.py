@@ -51,6 +51,8 @@ def search(
     task: str = "",
     seed: int = 0,
     scratch: str = "",
+    nodes: int = 1,
+    runtime: str = "filterpress",
     cluster_config: str = "{}",
     reduce_config: str = "{}",
     retrain_config: str = "{}",
@@ -77,6 +79,9 @@ def search(
         seed: Seed of everything random.
         scratch: Folder or gs://bucket/prefix for checkpoints, from which a training that was killed
             goes on; empty for none.
+        nodes: Machines to retrain on; more than one needs a Kubernetes cluster with Kubeflow
+            Trainer, and scratch in a bucket.
+        runtime: TrainingRuntime of the machines.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.
         reduce_config: JSON object with a method of the reduce stage and fields of its config.
         retrain_config: JSON object with fields of RetrainConfig.

@@ -1,0 +1,196 @@
+"""Stages in several real processes: of this machine, and as the machines of a job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from filterpress import launching, node, stages
+from filterpress.errors import DataError, FilterpressError
+from filterpress.launching import torchrun
+from filterpress.launching.work import Work, fetch
+from filterpress.scratch import open_scratch
+from tests import tiny
+from tests.launching.conftest import TINY, contents
+from tests.launching.trainer_server import run_for_real
+
+TASK = {"task": "tests.tiny:task"}
+
+
+class Unreachable(tiny.Patterns):
+    """Data that rank 1 cannot read, which it says late."""
+
+    def __init__(self, data, data_dir, image_size):
+        super().__init__()
+        if os.environ.get("RANK") == "1":
+            raise DataError("no data here")
+
+
+class Witnessed(tiny.Patterns):
+    """Data that leaves the number of each process that reads it."""
+
+    def __init__(self, data, data_dir, image_size):
+        super().__init__()
+        (Path(data_dir) / str(os.getpid())).touch()
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluated")
+    stages.reduce(trained, root / "reduced", max_size="20x", **TASK)
+    stages.evaluate(root / "reduced", root / "evaluated", max_size="20x", **TASK)
+    return root / "evaluated"
+
+
+@pytest.fixture
+def two(monkeypatch):
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.slow
+def test_two_machines_give_the_bytes_that_two_processes_of_one_give(
+    cluster, two, evaluated, trained, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    cluster.play = run_for_real
+    given = {**TASK, "max_size": "20x", "min_accuracy": "-0pp", "config": '{"epochs": 2}'}
+    given["scratch"] = str(tmp_path / "scratch")
+    here = stages.retrain(evaluated, trained, tmp_path / "here", **given)
+    there = stages.retrain(evaluated, trained, tmp_path / "there", **given, nodes=2)
+    assert here == there == json.loads((tmp_path / "there" / "report.json").read_text())
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    assert here["epochs"] >= 1
+    assert contents(tmp_path / "scratch") == {}
+    (job,) = cluster.made
+    assert cluster.deleted == [job["metadata"]["name"]]
+    assert "node: 2 active, 2 ready" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_process_that_fails_first_says_why_and_nothing_is_written(two, tmp_path):
+    given = {**TINY, "task": "tests.launching.test_processes:Unreachable"}
+    with pytest.raises(FilterpressError, match=r"^no data here$"):
+        stages.train(tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_ended_takes_its_processes_along(two, tmp_path):
+    given = {
+        **{"model": "tests.tiny:network", "task": "tests.launching.test_processes:Witnessed"},
+        **{"config": '{"epochs": 1000000}', "data-dir": tmp_path, "out": tmp_path / "out"},
+    }
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    command = [sys.executable, "-m", "filterpress", "train", *flags]
+    started = subprocess.Popen(command, cwd=tiny.ROOT, stderr=subprocess.PIPE)
+    for line in started.stderr:
+        if b"epoch 1 of" in line:
+            break
+    numbers = [int(file.name) for file in tmp_path.iterdir()]
+    started.terminate()
+    started.stderr.close()
+    assert started.wait(30) == 128 + signal.SIGTERM
+    assert len(numbers) == 2
+    assert not any(Path(f"/proc/{number}").exists() for number in numbers)
+
+
+def test_processes_are_counted_as_torchrun_does(monkeypatch):
+    monkeypatch.delenv("PET_NPROC_PER_NODE", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert launching.processes_here() == 4
+    assert launching.is_elsewhere(1)
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
+    assert not launching.is_elsewhere(1)
+    assert launching.is_elsewhere(2)
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "gpu")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert launching.processes_here() == 1
+
+
+def test_a_process_that_torchrun_started_trains_itself(monkeypatch):
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launching.is_elsewhere(1)
+    assert not launching.is_elsewhere(2)
+
+
+@pytest.fixture
+def failure(tmp_path):
+    def failure(rank, exitcode, said=""):
+        file = tmp_path / f"{rank}.json"
+        if said:
+            file.write_text(json.dumps({"message": said, "timestamp": 0}))
+            time.sleep(0.01)
+        return ProcessFailure(rank, 100 + rank, exitcode, str(file))
+
+    return failure
+
+
+def test_the_reason_is_what_was_said_first(failure):
+    found = {1: failure(1, 2, "the first"), 0: failure(0, 2, "the second"), 2: failure(2, -15)}
+    assert torchrun.reason_of(found) == "the first"
+
+
+def test_a_process_that_was_killed_is_the_reason_whatever_others_say(failure):
+    found = {0: failure(0, 2, "another process is gone"), 1: failure(1, -9)}
+    assert torchrun.reason_of(found).startswith("process 1 was ended by SIGKILL: often there was")
+
+
+def test_a_process_that_says_nothing_is_named(failure):
+    assert torchrun.reason_of({3: failure(3, 7)}) == "process 3 ended with exit code 7"
+
+
+def test_files_and_packages_reach_the_machines_as_they_are(tmp_path, trained):
+    scratch = open_scratch(str(tmp_path / "scratch"))
+    weights = trained / "weights.safetensors"
+    work = Work("train", {"model": trained, "weights": weights}, {"seed": 3}, "training")
+    stage, arguments = fetch(work.put(scratch, "name"), scratch, "name", tmp_path / "there")
+    assert stage == "train"
+    assert contents(arguments["model"]) == contents(trained)
+    assert arguments["weights"].name == weights.name
+    assert arguments["weights"].read_bytes() == weights.read_bytes()
+    assert arguments["seed"] == 3
+    work.clear(scratch, "name")
+    assert contents(tmp_path / "scratch") == {}
+
+
+def test_machines_that_find_no_inputs_say_so(tmp_path, trained):
+    scratch = open_scratch(str(tmp_path / "scratch"))
+    work = Work("retrain", {"model": trained}, {}, "training")
+    text = work.put(scratch, "name")
+    work.clear(scratch, "name")
+    with pytest.raises(DataError, match="has no name/model: it was removed meanwhile"):
+        fetch(text, scratch, "name", tmp_path / "there")
+
+
+def test_of_the_machines_that_fail_the_first_leaves_its_error(tmp_path, capsys):
+    scratch = open_scratch(str(tmp_path))
+    for config in ('{"epochs": 0}', '{"lr": -1}'):
+        with pytest.raises(typer.Exit):
+            node.main(str(tmp_path), "name", json.dumps(["train", {}, {**TINY, "config": config}]))
+    assert scratch.read("name/error") == b"epochs must be at least 1, got 0"
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_machines_run_no_other_stage(tmp_path, capsys):
+    with pytest.raises(typer.Exit):
+        node.main(str(tmp_path), "name", json.dumps(["publish", {}, {}]))
+    assert "stage must be one of ('train', 'retrain'), got 'publish'" in capsys.readouterr().err
+
+
+def test_what_one_machine_trains_is_what_its_launcher_gets(tmp_path, trained):
+    scratch = open_scratch(str(tmp_path / "scratch"))
+    node.main(scratch.uri, "name", Work("train", {}, TINY, "training").put(scratch, "name"))
+    assert scratch.get("name/out", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(trained)
