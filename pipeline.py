@@ -108,6 +108,8 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         task: str = "",
         seed: int = 0,
         scratch: str = "",
+        nodes: int = 1,
+        runtime: str = "filterpress",
         max_size: str = "12x",
         min_accuracy: str = "-1pp",
         max_rounds: int = 2,
@@ -142,6 +144,9 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
             seed: Data: seed of everything random.
             scratch: Machines: folder or bucket for checkpoints, from which a training that was
                 stopped goes on; empty for none.
+            nodes: Machines: how many train; more than one needs Kubeflow Trainer and a scratch in
+                a bucket, and the step itself no accelerators.
+            runtime: Machines: TrainingRuntime of them, where there are several.
             max_size: Goal: storage threshold of the published file, as bytes, 300KB, 300KiB or
                 12x; or smallest, for the smallest file that keeps the accuracy threshold.
             min_accuracy: Goal: accuracy threshold, a fraction (0.92), or percentage points below

@@ -105,6 +105,8 @@ def make_retrain_loop(number: int, retrains: int, policy: Policy) -> GraphCompon
         image_size: int,
         task: str,
         scratch: str,
+        nodes: int,
+        runtime: str,
         cpu: str,
         memory: str,
         accelerator: str,

@@ -52,6 +52,8 @@ def build_sweep(
         task: str = "",
         seed: int = 0,
         scratch: str = "",
+        nodes: int = 1,
+        runtime: str = "filterpress",
         sizes: list = ["10x", "20x", "40x"],  # noqa: B006 (KFP copies it into the form)
         min_accuracy: str = "-1pp",
         max_retrains: int = 1,
@@ -79,6 +81,9 @@ def build_sweep(
             seed: Data: seed of everything random.
             scratch: Machines: folder or bucket for checkpoints, from which a training that was
                 stopped goes on; empty for none.
+            nodes: Machines: how many train; more than one needs Kubeflow Trainer and a scratch in
+                a bucket, and the step itself no accelerators.
+            runtime: Machines: TrainingRuntime of them, where there are several.
             sizes: Goal: JSON list of sizes of the file, each as bytes, 300KB, 300KiB or 12x.
             min_accuracy: Goal: accuracy up to which a network is retrained, a fraction (0.92), or
                 percentage points below the trained network (-1pp).

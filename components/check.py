@@ -17,6 +17,7 @@ def check(
     max_minutes: int,
     size_tries: int,
     scratch: str,
+    nodes: int,
     store: str,
     keys: str,
     channel: str,
@@ -42,6 +43,7 @@ def check(
         max_minutes: Time for finding the smallest file.
         size_tries: Pairs of cluster and reduce in a round.
         scratch: Folder or bucket for checkpoints.
+        nodes: Machines to train on.
         store: Folder or bucket to publish to.
         keys: Folder of the signing keys.
         channel: Kind of vehicle and channel; empty for none.
@@ -67,6 +69,7 @@ def check(
         max_minutes=max_minutes,
         size_tries=size_tries,
         scratch=scratch,
+        nodes=nodes,
         store=store,
         keys=keys,
         channel=channel,

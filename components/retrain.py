@@ -19,6 +19,8 @@ def retrain(
     image_size: int,
     task: str,
     scratch: str,
+    nodes: int,
+    runtime: str,
     retrained: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -38,6 +40,8 @@ def retrain(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         scratch: Folder or bucket for checkpoints; empty for none.
+        nodes: Machines to train on.
+        runtime: TrainingRuntime of the machines, where there are several.
         retrained: Package with retrained numbers.
         page: The story of the package so far.
         report: What the stage found.
@@ -60,6 +64,8 @@ def retrain(
         image_size=image_size,
         task=task,
         scratch=scratch,
+        nodes=nodes,
+        runtime=runtime,
     )
     recording.record(found, report, retrained)
     reporting.write_html(Path(retrained.path), Path(page.path))

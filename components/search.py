@@ -23,6 +23,8 @@ def search(
     image_size: int,
     task: str,
     scratch: str,
+    nodes: int,
+    runtime: str,
     found: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -46,6 +48,8 @@ def search(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         scratch: Folder or bucket for checkpoints; empty for none.
+        nodes: Machines to train on.
+        runtime: TrainingRuntime of the machines, where there are several.
         found: Package with the smallest file, or the one that came.
         page: The story of the package so far.
         report: What the stage found.
@@ -75,6 +79,8 @@ def search(
         image_size=image_size,
         task=task,
         scratch=scratch,
+        nodes=nodes,
+        runtime=runtime,
     )
     recording.record(outcome, report, found)
     reporting.write_html(Path(found.path), Path(page.path))

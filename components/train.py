@@ -16,6 +16,8 @@ def train(
     image_size: int,
     task: str,
     scratch: str,
+    nodes: int,
+    runtime: str,
     trained: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -32,6 +34,8 @@ def train(
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
         scratch: Folder or bucket for checkpoints; empty for none.
+        nodes: Machines to train on.
+        runtime: TrainingRuntime of the machines, where there are several.
         trained: Package with the trained network.
         page: The story of the package so far.
         report: What the stage found.
@@ -51,6 +55,8 @@ def train(
         image_size=image_size,
         task=task,
         scratch=scratch,
+        nodes=nodes,
+        runtime=runtime,
     )
     recording.record(found, report, trained)
     reporting.write_html(Path(trained.path), Path(page.path))

@@ -21,6 +21,8 @@ BAD = [
     ("max_retrains", -1, "max_retrains must be at least 0, got -1"),
     ("max_minutes", -1, "max_minutes must be at least 0, got -1"),
     ("size_tries", 0, "size_tries must be at least 1, got 0"),
+    ("nodes", 0, "nodes must be at least 1, got 0"),
+    ("nodes", 2, "scratch must be a bucket that all machines reach"),
     ("scratch", "s3://bucket/runs", "scratch must be a directory or gs://bucket/prefix"),
     ("store", "ftp://host/models", "store must be a directory or gs://bucket/prefix"),
     ("store", "gs://bucket/models", "keys must name the folder of signing keys"),

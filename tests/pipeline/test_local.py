@@ -219,18 +219,23 @@ def test_the_cache_is_another_one_for_another_image_under_the_same_name():
 def test_paths_are_absolute_and_addresses_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"weights": "w.pt", "data_dir": "", "store": "gs://bucket/x", "keys": "keys", "seed": 1}
+    given["scratch"] = "work"
     assert on_this_machine(given, tmp_path / "out") == {
         "weights": str(tmp_path / "w.pt"),
         "data_dir": "",
         "store": "gs://bucket/x",
+        "scratch": str(tmp_path / "work"),
         "keys": str(tmp_path / "keys"),
         "seed": 1,
     }
 
 
-def test_without_a_store_the_release_is_in_the_folder_of_the_run(tmp_path):
-    given = {"weights": "", "data_dir": "", "store": "", "keys": ""}
-    assert on_this_machine(given, tmp_path)["store"] == str(tmp_path / "release")
+def test_what_has_no_place_is_in_the_folder_of_the_run(tmp_path):
+    given = {"weights": "", "data_dir": "", "scratch": "", "store": "", "keys": ""}
+    here = on_this_machine(given, tmp_path)
+    assert here["store"] == str(tmp_path / "release")
+    assert here["scratch"] == str(tmp_path / "scratch")
+    assert "store" not in on_this_machine({"scratch": ""}, tmp_path)  # a sweep publishes nothing
 
 
 @pytest.fixture

@@ -194,7 +194,14 @@ def test_nothing_but_the_report_runs_before_the_settings_were_looked_at():
 def test_every_setting_that_can_be_looked_at_beforehand_is():
     looked_at = set(inspect.signature(stages.check).parameters) - {"size_tries", "sizes"}
     given = set(inspect.signature(module.build(rounds=1).pipeline_func).parameters)
-    names = {"weights", "data_dir", "seed", "name", *CLUSTER_ONLY}  # any will do, or take reading
+    names = {
+        "weights",
+        "data_dir",
+        "seed",
+        "runtime",
+        "name",
+        *CLUSTER_ONLY,
+    }  # any will do, or take reading
     assert looked_at == given - names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from filterpress import launching
 from filterpress.budget import Budget, check_spelling
 from filterpress.scratch import open_scratch
 from filterpress.stages.handover import Report
@@ -24,6 +25,7 @@ def check(
     max_minutes: int = 60,
     size_tries: int = 2,
     scratch: str = "",
+    nodes: int = 1,
     store: str = "",
     keys: str = "",
     channel: str = "any/stable",
@@ -51,6 +53,7 @@ def check(
         max_minutes: Time for finding the smallest file.
         size_tries: Passes of cluster and reduce in a round at most.
         scratch: Folder or gs://bucket/prefix for checkpoints; empty for none.
+        nodes: Machines to train on.
         store: Folder or gs://bucket/prefix to publish to; empty for none.
         keys: Folder of signing keys.
         channel: Kind of vehicle and name of the channel; empty for none.
@@ -81,6 +84,7 @@ def check(
         retrain_config=retrain_config,
     )
     _check_sources(model, data, image_size, task)
+    launching.check(nodes, scratch)
     if scratch:
         open_scratch(scratch)
     _check_release(store, keys, channel, percent)
