@@ -90,6 +90,7 @@ def build(
         size_tries=size_tries,
         rounds=[make_round(n, size_tries, policy) for n in numbers],
         retrain_loops=[make_retrain_loop(n, retrains, policy) for n in numbers if retrains],
+        retrains=retrains,
     )
     return settle_names(define(stairs, policy))
 
@@ -175,7 +176,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         """
         given = {**locals(), "policy": policy, "size_tries": stairs.size_tries}
         with dsl.ExitHandler(call(report, given), name="run"):
-            checked = call(check_settings, given, sizes=[])
+            checked = call(check_settings, given, **stairs.bounds(), sizes=[])
             trained = call(train, given, config=train_config).after(checked).outputs["trained"]
             pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
             given["trained"] = trained

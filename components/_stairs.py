@@ -23,6 +23,11 @@ class Stairs(NamedTuple):
     size_tries: int
     rounds: list[GraphComponent]
     retrain_loops: list[GraphComponent]  # empty without retrains
+    retrains: int  # in each of them
+
+    def bounds(self) -> dict[str, int]:
+        """Say how many rounds and retrains there are steps for."""
+        return {"rounds": len(self.rounds), "retrains": self.retrains}
 
 
 def add_level(given: dict[str, Any], stairs: Stairs, package: Any, state: Any, number: int) -> None:

@@ -102,8 +102,9 @@ def build_sweep(
             tolerations: Cluster: JSON list of taints that the steps which train tolerate.
         """
         given = {**locals(), "policy": policy, "size_tries": size_tries, "max_rounds": 1}
+        bounds = {"rounds": 1, "retrains": retrains}
         unused = {"max_size": "smallest", "max_minutes": 0, "store": "", "keys": ""}
-        checked = call(check, given, **unused, channel="", percent=100.0)
+        checked = call(check, given, **unused, **bounds, channel="", percent=100.0)
         given["trained"] = call(train, given, config=train_config).after(checked).outputs["trained"]
         pruned = call(prune, given, model=given["trained"], config=prune_config)
         with dsl.ParallelFor(sizes, parallelism=policy.parallel, name="sizes") as size:

@@ -16,6 +16,8 @@ def check(
     max_retrains: int,
     max_minutes: int,
     size_tries: int,
+    rounds: int,
+    retrains: int,
     scratch: str,
     nodes: int,
     store: str,
@@ -42,6 +44,8 @@ def check(
         max_retrains: Retrains allowed in a round.
         max_minutes: Time for finding the smallest file.
         size_tries: Pairs of cluster and reduce in a round.
+        rounds: Rounds that there are steps for.
+        retrains: Retrains that there are steps for in a round.
         scratch: Folder or bucket for checkpoints.
         nodes: Machines to train on.
         store: Folder or bucket to publish to.
@@ -68,6 +72,8 @@ def check(
         max_retrains=max_retrains,
         max_minutes=max_minutes,
         size_tries=size_tries,
+        rounds=rounds,
+        retrains=retrains,
         scratch=scratch,
         nodes=nodes,
         store=store,

@@ -50,3 +50,11 @@ def test_a_channel_and_a_store_may_be_left_out_and_a_bucket_be_named():
 def test_a_setting_that_breaks_its_rule_is_refused(name, value, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         stages.check(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_rounds", "max_retrains"])
+def test_more_than_there_are_steps_for_is_refused(name):
+    bounds = {"rounds": 3, "retrains": 3}
+    stages.check(**{name: 3}, **bounds)
+    with pytest.raises(ValueError, match=f"{name} must be at most 3, as the pipeline was compiled"):
+        stages.check(**{name: 4}, **bounds)

@@ -1,6 +1,7 @@
 """The lint of a compiled pipeline: each rule fires on a pipeline that breaks it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -254,3 +255,10 @@ def test_a_refusal_names_the_file_and_every_finding(tmp_path):
     compiler.Compiler().compile(display_name(), str(path))
     with pytest.raises(FilterpressError, match=r"pipeline\.yaml: L10 decide: set_display_name"):
         check(path)
+
+
+def test_every_rule_is_in_the_documentation_with_its_reason():
+    page = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    for rule in [*RULES, images_are_pinned]:
+        number, _, reason = " ".join(rule.__doc__.split()).partition(": ")
+        assert f"| {number} | {reason} |" in page

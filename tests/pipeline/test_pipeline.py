@@ -192,7 +192,12 @@ def test_nothing_but_the_report_runs_before_the_settings_were_looked_at():
 
 
 def test_every_setting_that_can_be_looked_at_beforehand_is():
-    looked_at = set(inspect.signature(stages.check).parameters) - {"size_tries", "sizes"}
+    looked_at = set(inspect.signature(stages.check).parameters) - {
+        "size_tries",
+        "sizes",
+        "rounds",
+        "retrains",
+    }
     given = set(inspect.signature(module.build(rounds=1).pipeline_func).parameters)
     names = {
         "weights",

@@ -24,6 +24,8 @@ def check(
     max_retrains: int = 2,
     max_minutes: int = 60,
     size_tries: int = 2,
+    rounds: int = 0,
+    retrains: int = 0,
     scratch: str = "",
     nodes: int = 1,
     store: str = "",
@@ -52,6 +54,8 @@ def check(
         max_retrains: Retrains in a round at most.
         max_minutes: Time for finding the smallest file.
         size_tries: Passes of cluster and reduce in a round at most.
+        rounds: Rounds that there are steps for; 0 for any number.
+        retrains: Retrains that there are steps for in a round; likewise.
         scratch: Folder or gs://bucket/prefix for checkpoints; empty for none.
         nodes: Machines to train on.
         store: Folder or gs://bucket/prefix to publish to; empty for none.
@@ -76,6 +80,14 @@ def check(
     for name, value, least in (("size_tries", size_tries, 1), ("max_minutes", max_minutes, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, value, most in (
+        ("max_rounds", max_rounds, rounds),
+        ("max_retrains", max_retrains, retrains),
+    ):
+        if most and value > most:
+            raise ValueError(
+                f"{name} must be at most {most}, as the pipeline was compiled, got {value}"
+            )
     check_configs(
         train_config=train_config,
         prune_config=prune_config,
