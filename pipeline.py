@@ -203,7 +203,7 @@ SWEEP = build_sweep(size_tries=1).pipeline_func
 def compile_(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = COMPILED,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Several sizes in one run.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="The sweep over several sizes.")] = False,
     rounds: Annotated[int, typer.Option(help="Most rounds of a run.")] = ROUNDS,
     size_tries: Tries = SIZE_TRIES,
     retrains: Annotated[int, typer.Option(help="Most retrains in a round.")] = RETRAINS,
@@ -214,6 +214,8 @@ def compile_(
     """Compile the pipeline to one file, and check it."""
     with terminal.polite(debug):
         policy = policy_of(**given)
+        if sweep and output == COMPILED:
+            raise ValueError(f"output must be another file for the sweep, got {output}")
         if sweep:
             pipeline = build_sweep(size_tries, retrains, policy)
         else:

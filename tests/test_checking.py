@@ -26,7 +26,7 @@ BAD = [
     ("scratch", "s3://bucket/runs", "scratch must be a directory or gs://bucket/prefix"),
     ("store", "ftp://host/models", "store must be a directory or gs://bucket/prefix"),
     ("store", "gs://bucket/models", "keys must name the folder of signing keys"),
-    ("channel", "stable", "channel must be letters"),
+    ("channel", "stable", "channel must be a kind of vehicle and a name, such as any/stable"),
     ("channel", "../x/stable", "hardware must be letters"),
     ("percent", 101.0, "percent must be"),
     ("train_config", "{", "train_config: config must be a JSON object"),

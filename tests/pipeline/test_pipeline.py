@@ -110,6 +110,14 @@ def test_rounds_without_retrains_go_straight_to_the_next():
     assert ended.startswith("publish")
 
 
+def test_the_sweep_is_not_compiled_over_the_pipeline():
+    before = module.COMPILED.read_bytes()
+    refused = CliRunner().invoke(module.app, ["compile", "--sweep"])
+    assert refused.exit_code == 2
+    assert "output must be another file for the sweep" in refused.stderr
+    assert module.COMPILED.read_bytes() == before
+
+
 def test_the_sweep_keeps_the_rules_and_its_parameters_are_those_of_a_run(tmp_path):
     made = CliRunner().invoke(
         module.app, ["compile", "--sweep", "--output", str(tmp_path / "sweep.yaml")]

@@ -62,6 +62,24 @@ class Channel:
     changed: bool
 
 
+def parts_of(channel: str) -> tuple[str, str]:
+    """Take a channel as it is written apart, into the kind of vehicle and its name.
+
+    Raises:
+        ValueError: It is not written as one.
+
+    Example:
+        >>> parts_of("truck/stable")
+        ('truck', 'stable')
+    """
+    hardware, _, name = channel.partition("/")
+    if not (hardware and name):
+        raise ValueError(
+            f"channel must be a kind of vehicle and a name, such as any/stable, got {channel!r}"
+        )
+    return hardware, name
+
+
 def path_of(hardware: str, channel: str) -> str:
     """Return the path of a channel in a store.
 

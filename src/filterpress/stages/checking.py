@@ -117,6 +117,7 @@ def _check_sources(model: str, data: str, image_size: int, task: str) -> None:
 
 def _check_release(store: str, keys: str, channel: str, percent: float) -> None:
     from filterpress.release import rollout
+    from filterpress.release.channel import parts_of
     from filterpress.release.keys import keys_for
     from filterpress.release.store import open_store
 
@@ -124,5 +125,5 @@ def _check_release(store: str, keys: str, channel: str, percent: float) -> None:
         open_store(store)
         keys_for(store, keys)
     if channel:
-        hardware, _, name = channel.partition("/")
+        hardware, name = parts_of(channel)
         rollout.naming(hardware=hardware, channel=name, percent=percent)

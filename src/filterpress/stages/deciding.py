@@ -172,12 +172,12 @@ def publish(
     """
     from filterpress import measurement, package, release
     from filterpress.release import rollout
-    from filterpress.release.channel import path_of
+    from filterpress.release.channel import parts_of, path_of
     from filterpress.release.keys import keys_for
 
-    hardware, _, channel_name = channel.partition("/")
     path, name_it = "", None
     if channel:
+        hardware, channel_name = parts_of(channel)
         path = path_of(hardware, channel_name)
         name_it = rollout.naming(hardware=hardware, channel=channel_name, percent=percent, run=run)
     source = package.load(model)
