@@ -108,8 +108,9 @@ def test_the_machines_talk_to_one_another_and_nobody_else_talks_to_them():
 
 
 def test_one_account_may_make_jobs_and_no_right_is_a_wildcard():
-    (rule,) = one(added("prod"), "Role")["rules"]
-    assert rule["apiGroups"] == ["trainer.kubeflow.org"]
-    assert rule["resources"] == ["trainjobs"]
+    rules = one(added("prod"), "Role")["rules"]
+    groups = [(rule["apiGroups"], rule["resources"]) for rule in rules]
+    assert groups == [(["trainer.kubeflow.org"], ["trainjobs"]), ([""], ["pods"])]
+    assert not [rule for rule in rules if "*" in rule["verbs"]]
     (subject,) = one(added("prod"), "RoleBinding")["subjects"]
     assert subject["name"] == template()["spec"]["serviceAccountName"]
