@@ -45,6 +45,13 @@ def leave(root, decision, *, step="evaluate/1", run=RUN):
     open_scratch(f"{root}/{run}").write(f"{step}/evaluated/model.json", model)
 
 
+def leave_receipt(root):
+    model = json.dumps({"model": "net", "history": HISTORY}).encode()
+    scratch = open_scratch(f"{root}/{RUN}")
+    scratch.write("publish/2/release/report.json", json.dumps(RELEASE).encode())
+    scratch.write("publish/2/release/model.json", model)
+
+
 def tell(root, tmp_path, **how):
     page = tmp_path / "told" / "page.html"
     told = stages.report(f"{root}/{RUN}/report/7/page", page, **how)
@@ -54,9 +61,7 @@ def tell(root, tmp_path, **how):
 
 
 def test_a_run_that_published_tells_its_release_and_its_story(root, tmp_path):
-    leave(root, "publish")
-    receipt = json.dumps(RELEASE).encode()
-    open_scratch(f"{root}/{RUN}").write("publish/2/release/report.json", receipt)
+    leave_receipt(root)  # alone, as where the evaluation is that of an earlier run
     verdict, page = tell(root, tmp_path, state="SUCCEEDED")
     assert verdict == "Published as release 3: 8,000 bytes, 12.0 times smaller."
     assert 'class="good"' in page
@@ -84,19 +89,46 @@ def test_the_last_measurement_is_the_one_written_last_whatever_its_name(tmp_path
     assert verdict.startswith("Nothing published. Over the size budget")
 
 
-@pytest.mark.parametrize("decision", [None, "retrain", "publish"])
+@pytest.mark.parametrize(("state", "more"), [("FAILED", "failed"), ("CANCELLED", "was cancelled")])
+def test_what_is_published_is_told_whatever_came_after_it(state, more, tmp_path):
+    leave_receipt(tmp_path)
+    verdict, page = tell(tmp_path, tmp_path, state=state)
+    assert verdict.startswith("Published as release 3: 8,000 bytes")
+    assert f"{more} after that." in verdict
+    assert "models/net/3.fpk" in page
+
+
+@pytest.mark.parametrize("decision", ["retrain", "next", "publish"])
 def test_a_step_that_failed_is_told_as_kubeflow_tells_it(root, tmp_path, decision):
-    if decision:
-        leave(root, decision)
+    leave(root, decision)
     verdict, page = tell(root, tmp_path, state="FAILED", error="OOMKilled.")
-    assert verdict == "Failed, and nothing published: OOMKilled."
-    assert ("evaluate, round 1" in page) == bool(decision)
+    assert verdict == (
+        "Failed after evaluate, round 1, and nothing published: OOMKilled. "
+        "The log of the step that failed says more."
+    )
+    assert 'class="open"' in page
+    assert "12.0x" in page
+
+
+def test_a_run_that_failed_before_a_measurement_tells_the_story_up_to_there(root, tmp_path):
+    model = json.dumps({"model": "net", "history": HISTORY[:1]}).encode()
+    open_scratch(f"{root}/{RUN}").write("train/1/trained/model.json", model)
+    verdict, page = tell(root, tmp_path, state="FAILED")
+    assert verdict.startswith("Failed after train, and nothing published. The log of the step")
+    assert "96,000" in page
+
+
+@pytest.mark.parametrize("decision", ["next", "give-up", "too-big"])
+def test_a_run_that_was_cancelled_is_not_put_down_to_its_numbers(decision, tmp_path):
+    leave(tmp_path, decision)
+    verdict, _ = tell(tmp_path, tmp_path, state="CANCELLED")
+    assert verdict == "Cancelled after evaluate, round 1, and nothing published."
 
 
 def test_what_other_runs_left_is_not_of_this_one(root, tmp_path):
     leave(root, "give-up", run="filterpress/another-run")
-    verdict, _ = tell(root, tmp_path, state="CANCELLED")
-    assert verdict == "Cancelled, and nothing published: the step in red says why"
+    verdict, _ = tell(root, tmp_path, state="FAILED", error="Task run failed.")
+    assert verdict.startswith("Failed, and nothing published: Task run failed. The log")
 
 
 @pytest.mark.parametrize("state", ["SUCCEEDED", "FAILED"])

@@ -105,7 +105,7 @@ def verdict(report: Report, outcome: str = "") -> str:
         ...          "baseline_accuracy": 0.955})
         'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % accurate (-0.50 points).'
     """
-    done = f"After {_name(report)}" if report.get("stage") else "Not evaluated yet"
+    done = f"After {stage_name(report)}" if report.get("stage") else "Not evaluated yet"
     outcome = outcome or _OUTCOMES.get(str(report.get("decision", "")), done)
     n_bytes, ratio = page.number(report, "n_bytes"), _ratio(report)
     accuracy = page.number(report, "accuracy")
@@ -226,16 +226,17 @@ def _card(label: str, value: str, note: str) -> str:
     )
 
 
-def _name(entry: Report) -> str:
-    name, round = page.text(entry.get("stage")) or "stage", page.number(entry, "round")
-    return name if round is None else f"{name}, round {round:.0f}"
+def stage_name(entry: Report) -> str:
+    """Name a stage as the page does, with its round."""
+    stage, round = page.text(entry.get("stage")) or "stage", page.number(entry, "round")
+    return stage if round is None else f"{stage}, round {round:.0f}"
 
 
 def _chart_section(history: Sequence[Report], final: Report) -> str:
     """Draw the path on the validation set, which thresholds are about, or else on the test set."""
     for split, key in (("Validation", "validation_accuracy"), ("Test", "accuracy")):
         points = [
-            chart.Point(number, _name(entry), n_bytes, accuracy)
+            chart.Point(number, stage_name(entry), n_bytes, accuracy)
             for number, entry in enumerate(history, 1)
             if (n_bytes := page.positive(entry, "n_bytes")) is not None
             if (accuracy := page.fraction(entry, key)) is not None
@@ -361,7 +362,7 @@ def _stage_row(number: int, entry: Report) -> str:
         page.count(page.number(entry, "macs")),
     )
     return (
-        f'<tr><td class="n">{number}</td><th scope="row">{escape(_name(entry))}</th>'
+        f'<tr><td class="n">{number}</td><th scope="row">{escape(stage_name(entry))}</th>'
         f"<td>{escape(outcome)}</td>{page.cells(numbers)}<td>{_more(entry)}</td></tr>"
     )
 

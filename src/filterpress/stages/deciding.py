@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,7 @@ def publish(
             "created": issued.created,
         }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        shutil.copyfile(model / "model.json", draft / "model.json")  # for the story of the run
     return report
 
 

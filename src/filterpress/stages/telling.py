@@ -34,8 +34,8 @@ _FACTS = {
 def report(place: str, html: Path, *, state: str, error: str | None = None) -> Report:
     """Write the page of a whole run: the verdict first, then all that is known of how it came.
 
-    The last package that was measured is looked for among what the steps of the run have left.
-    Where that cannot be read, the page says so; this step never fails because of it.
+    The last package is looked for among what the steps of the run have left, also where none was
+    measured. Where that cannot be read, the page says so; this step never fails because of it.
 
     Args:
         place: Address of the page in Kubeflow's object store, ``…/<run>/report/…``, or a path.
@@ -49,14 +49,13 @@ def report(place: str, html: Path, *, state: str, error: str | None = None) -> R
     run, told = place.rpartition("/report/")[0], error or ""
     try:
         scratch = open_scratch(run)
-        model = _newest(scratch, "evaluated/model.json")
+        model = _newest(scratch, "model.json")
         release = _newest(scratch, "release/report.json")
     except (FilterpressError, ValueError) as unreadable:
         log.warning("%s", unreadable)
         model, release = {}, {}
         told = f"{told} The steps left their pages in {run}, which cannot be read here.".strip()
-    published = state == "SUCCEEDED" and bool(release)
-    end = End(_verdict(state, told, model, release), published, _facts(release))
+    end = End(_verdict(state, told, model, release), bool(release), _facts(release))
     files.write(html, reporting.render(model, end).encode())
     log.info("%s", end.verdict)
     return {"stage": "report", "state": state, "verdict": end.verdict}
@@ -116,15 +115,22 @@ def _newest(scratch: Scratch, ending: str) -> dict[str, Any]:
 
 
 def _verdict(state: str, error: str, model: Report, release: Report) -> str:
+    """Say how a run ended; only what gave up is put down to its numbers."""
+    after = {"FAILED": " The run failed after that.", "CANCELLED": " It was cancelled after that."}
+    if release:
+        published = f"Published as release {release['release_counter']}"
+        return reporting.verdict(release, published) + after.get(state, "")
     if state == "SUCCEEDED":
-        known = f"Published as release {release['release_counter']}" if release else "Published"
-        return reporting.verdict(release, known) if release else f"{known}. {error}".strip()
-    history = model.get("history") or [{}]
-    decision = history[-1].get("decision")
-    if decision and decision not in ("publish", "retrain"):
-        return f"Nothing published. {reporting.verdict(history[-1])}"
-    ended = "Cancelled" if state == "CANCELLED" else "Failed"
-    return f"{ended}, and nothing published: {error or 'the step in red says why'}"
+        return f"Published. {error}".strip()
+    last = (model.get("history") or [{}])[-1]
+    ended, more = "Failed", " The log of the step that failed says more."
+    if state == "CANCELLED":
+        ended, more = "Cancelled", ""
+    elif last.get("decision") in ("give-up", "too-big"):
+        return f"Nothing published. {reporting.verdict(last)}"
+    known = f" after {reporting.stage_name(last)}" if last else ""
+    why = f": {error.rstrip('.')}." if error else "."
+    return f"{ended}{known}, and nothing published{why}{more}"
 
 
 def _facts(release: Report) -> dict[str, object]:
