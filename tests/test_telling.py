@@ -49,7 +49,7 @@ def leave_receipt(root):
     model = json.dumps({"model": "net", "history": HISTORY}).encode()
     scratch = open_scratch(f"{root}/{RUN}")
     scratch.write("publish/2/release/report.json", json.dumps(RELEASE).encode())
-    scratch.write("publish/2/release/model.json", model)
+    scratch.write("publish/2/release/story.json", model)
 
 
 def tell(root, tmp_path, **how):

@@ -12,8 +12,8 @@ from html import escape
 from itertools import pairwise, product
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 76, 18, 34, 46  # margins around the axes
+WIDTH, HEIGHT = 640, 350
+LEFT, RIGHT, TOP, BOTTOM = 76, 18, 44, 46  # margins around the axes
 
 
 Place = tuple[int, int]  # x, y

@@ -50,13 +50,13 @@ def section(history: Sequence[Report]) -> str:
     if worst > 0:
         head += page.head("Error", "")
     head += page.head("Changes", "Shape")
-    table = page.table(head, "".join(_html(row, most, worst) for row in rows))
-    return page.section("Layers", table + (_NOTE if worst > 0 else ""))
+    table = page.table(head, "".join(_html(row, most, worst) for row in rows), "Layers", "layers")
+    return page.section("Layers", table + (page.note(_NOTE) if worst > 0 else ""))
 
 
 _NOTE = (
-    '<p class="note">Error: what the layer changes in the outputs of the network, as the last '
-    "reduce expected it; a retrain wins part of it back.</p>"
+    "Error: how far the last reduce expected the layer by itself to move the outputs of the "
+    "network, as a divergence in nats; a retrain wins part of it back."
 )
 
 
@@ -113,14 +113,19 @@ def _html(row: _Row, most: float, worst: float) -> str:
     shape = " x ".join(map(str, page.entries(row.layer.get("shape"))))
     error = ""
     if worst > 0:
-        told = "" if row.error is None else f"{row.error:.1e}"
-        error = page.cells([told]) + _bar("bar error", row.error, worst)
+        error = page.cells([_error(row.error)]) + _bar("bar error", row.error, worst)
     return (
         f'<tr><th scope="row">{escape(page.text(row.layer.get("name")))}</th>'
         f"{page.cells([page.count(row.n_bytes)])}{_bar('bar', row.n_bytes, most)}"
         f"{page.cells(['' if bits is None else f'{bits:.2f}'])}{error}"
         f"<td>{escape(row.changes)}</td><td>{escape(shape)}</td></tr>"
     )
+
+
+def _error(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "<0.0001" if 0 < value < 1e-4 else f"{value:.2g}"
 
 
 def _bar(kind: str, value: float | None, most: float) -> str:

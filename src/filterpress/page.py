@@ -54,9 +54,9 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
 
 
-def joined(value: str, note: str) -> str:
-    """Put a note behind a value."""
-    return value if not note else f"{value} {note}" if note.startswith("(") else f"{value}, {note}"
+def note(text: str) -> str:
+    """Return a paragraph that explains what is above it."""
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def section(title: str, body: str) -> str:
@@ -64,10 +64,12 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def table(head: str, rows: str) -> str:
-    """Return a table that scrolls by itself where it is too wide."""
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+def table(head: str, rows: str, name: str, kind: str = "") -> str:
+    """Return a table that scrolls by itself, by keys too, where it is too wide."""
+    kind = f' class="{kind}"' if kind else ""
+    table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    label = escape(name)
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{table}</div>'
 
 
 def head(*titles: str) -> str:

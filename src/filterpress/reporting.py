@@ -15,13 +15,13 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from filterpress import chart, files, layer_table, page
+from filterpress import chart, confusion_table, files, layer_table, page
 from filterpress.errors import PackageError
 from filterpress.page import Report
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
 _SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", *_COLUMNS}
-_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion"}
+_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion", "removed", "merged", "projected"}
 _THRESHOLDS = ("max_bytes", "min_accuracy")
 _OUTCOMES = {
     "publish": "Both thresholds hold",
@@ -83,11 +83,11 @@ def render(model: Report, end: End | None = None) -> str:
         network=escape(_network(model)),
         outcome=_tone(final, end),
         verdict=escape(end.verdict if end else verdict(final)),
-        cards="".join(_card(*card) for card in _cards(final)),
+        cards="".join(map(_html, _cards(final))),
         release=_release_section(end.facts if end else {}),
         chart=_chart_section(history, final),
         search=_search_section(history, final),
-        confusion=_confusion_section(history),
+        confusion=confusion_table.section(history),
         layers=layer_table.section(history),
         stages=_stages_section(history),
     )
@@ -101,18 +101,17 @@ def verdict(report: Report, outcome: str = "") -> str:
         outcome: What it came to; without it what its decision means.
 
     Example:
-        >>> verdict({"decision": "publish", "n_bytes": 8000, "ratio": 12.0, "accuracy": 0.95,
-        ...          "baseline_accuracy": 0.955})
-        'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % accurate (-0.50 points).'
+        >>> verdict({"decision": "publish", "n_bytes": 8000, "ratio": 12.0, "accuracy": 0.95})
+        'Both thresholds hold: 8,000 bytes, 12.0 times smaller, 95.00 % on the test set.'
     """
     done = f"After {stage_name(report)}" if report.get("stage") else "Not evaluated yet"
     outcome = outcome or _OUTCOMES.get(str(report.get("decision", "")), done)
     n_bytes, ratio = page.number(report, "n_bytes"), _ratio(report)
-    accuracy = page.number(report, "accuracy")
+    accuracy, change = page.percent(page.number(report, "accuracy")), _change(report, "accuracy")
     facts = [
         "" if n_bytes is None else f"{n_bytes:,.0f} bytes",
         "" if ratio is None else f"{ratio:,.1f} times smaller",
-        "" if accuracy is None else f"{accuracy:.2%} accurate".replace("%", " %") + _change(report),
+        accuracy and f"{accuracy} on the test set" + (change and f" ({change})"),
     ]
     told = ", ".join(fact for fact in facts if fact)
     return f"{outcome}: {told}." if told else f"{outcome}."
@@ -129,17 +128,15 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
 
     Example:
         >>> summary_rows({"n_bytes": 8000, "baseline_bytes": 96000, "accuracy": 0.95})
-        [('Size', '8,000 bytes, 12.0x smaller than 96,000'), ('Accuracy', '95.00 % (test)')]
+        [('Size', '8,000 bytes, 12.0x smaller than 96,000'), ('Test accuracy', '95.00 %')]
     """
-    rows = [(label, page.joined(value, note)) for label, value, note in _cards(report)]
-    validation = page.percent(page.number(report, "validation_accuracy"))
+    rows = [(card.label, ", ".join([card.value, *card.notes])) for card in _cards(report)]
     tries = [
         f"{count:.0f} {noun}{'' if count == 1 else 's'}"
         for key, noun in (("round", "round"), ("retrains", "retrain"))
         if (count := page.number(report, key)) is not None
     ]
     rows += [
-        ("Validation", validation),
         ("Decision", page.text(report.get("decision"))),
         ("Tries", ", ".join(tries)),
         ("Digest", page.text(report.get("sha256"))),
@@ -162,11 +159,11 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:,.1f}x"
 
 
-def _change(report: Report) -> str:
-    accuracy, baseline = page.number(report, "accuracy"), page.number(report, "baseline_accuracy")
+def _change(report: Report, key: str) -> str:
+    accuracy, baseline = page.number(report, key), page.number(report, f"baseline_{key}")
     if accuracy is None or baseline is None:
         return ""
-    return f" ({100 * (accuracy - baseline):+.2f} points)"
+    return f"{100 * (accuracy - baseline):+.2f} points"
 
 
 def _tone(final: Report, end: End | None) -> str:
@@ -199,30 +196,51 @@ def _network(model: Report) -> str:
     return " · ".join(part for part in (page.text(model.get("model")), shape, classes) if part)
 
 
-def _cards(report: Report) -> list[tuple[str, str, str]]:
-    """Give label, value and note of each headline number that is known."""
-    ratio, baseline_bytes = _ratio(report), page.number(report, "baseline_bytes")
-    smaller = "" if ratio is None else f"{ratio:,.1f}x smaller"
-    if smaller and baseline_bytes is not None:
-        smaller += f" than {baseline_bytes:,.0f}"
-    baseline = page.percent(page.number(report, "baseline_accuracy"))
-    compared = f"{_change(report).strip()[1:-1]} from {baseline}" if _change(report) else "(test)"
+class _Card(NamedTuple):
+    """A headline number."""
+
+    label: str
+    value: str
+    notes: list[str]
+
+
+def _cards(report: Report) -> list[_Card]:
+    """Give the headline numbers that are known."""
     cards = [
-        ("Size", page.count(page.number(report, "n_bytes"), " bytes"), smaller),
-        ("Accuracy", page.percent(page.number(report, "accuracy")), compared),
+        _size_card(report),
+        _accuracy_card(report, "Validation", "validation_accuracy"),
+        _accuracy_card(report, "Test", "accuracy"),
     ]
     for label, key in (("Parameters", "n_parameters"), ("Multiply-adds", "macs")):
         before = page.count(page.number(report, f"baseline_{key}"))
-        cards.append(
-            (label, page.count(page.number(report, key)), f"from {before}" if before else "")
-        )
-    return [card for card in cards if card[1]]
+        notes = [f"from {before}"] if before else []
+        cards.append(_Card(label, page.count(page.number(report, key)), notes))
+    return [card for card in cards if card.value]
 
 
-def _card(label: str, value: str, note: str) -> str:
+def _size_card(report: Report) -> _Card:
+    ratio, baseline_bytes = _ratio(report), page.count(page.number(report, "baseline_bytes"))
+    notes = [] if ratio is None else [f"{ratio:,.1f}x smaller"]
+    if notes and baseline_bytes:
+        notes = [f"{notes[0]} than {baseline_bytes}"]
+    allowed = page.count(page.positive(report, "max_bytes"), " allowed")
+    notes += [allowed] if allowed else []
+    return _Card("Size", page.count(page.number(report, "n_bytes"), " bytes"), notes)
+
+
+def _accuracy_card(report: Report, split: str, key: str) -> _Card:
+    """Compare an accuracy with the trained network's; thresholds are about the validation set."""
+    baseline = page.percent(page.number(report, f"baseline_{key}"))
+    notes = [f"{_change(report, key)} from {baseline}"] if _change(report, key) else []
+    needed = page.percent(page.fraction(report, "min_accuracy"))
+    notes += [f"{needed} needed"] if needed and key == "validation_accuracy" else []
+    return _Card(f"{split} accuracy", page.percent(page.number(report, key)), notes)
+
+
+def _html(card: _Card) -> str:
+    notes = "".join(f'<dd class="note">{escape(note)}</dd>' for note in card.notes)
     return (
-        f'<div class="card"><dt>{escape(label)}</dt>'
-        f'<dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
+        f'<div class="card"><dt>{escape(card.label)}</dt><dd>{escape(card.value)}</dd>{notes}</div>'
     )
 
 
@@ -273,7 +291,7 @@ def _search_section(history: Sequence[Report], final: Report) -> str:
     floor = page.fraction(final, "min_accuracy")
     drawing = chart.draw(points, split="Validation", min_accuracy=floor, kept=kept)
     rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
-    table = page.table(page.head("#", *tried({})), rows)
+    table = page.table(page.head("#", *tried({})), rows, "Sizes tried")
     return page.section("Sizes tried", drawing + table)
 
 
@@ -297,7 +315,7 @@ def tried(entry: Report) -> dict[str, str]:
         '8,000'
     """
     return {
-        "Outcome": page.text(entry.get("decision")),
+        "Outcome": _outcome(entry),
         "Bytes": page.count(page.number(entry, "n_bytes")),
         "Ratio": _times(_ratio(entry)),
         "Validation": page.percent(page.number(entry, "validation_accuracy")),
@@ -311,59 +329,45 @@ def _release_section(facts: Mapping[str, object]) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(page.text(value))}</td></tr>'
         for name, value in facts.items()
     )
-    return page.section("Release", page.table("", rows)) if rows else ""
-
-
-def _confusion_section(history: Sequence[Report]) -> str:
-    """Tabulate the last counts of what was taken for what, darker where there are more."""
-    found = [c for entry in history if isinstance(c := entry.get("confusion"), Mapping)]
-    classes = [page.text(name) for name in page.entries(found[-1].get("classes"))] if found else []
-    counts = [page.entries(row) for row in page.entries(found[-1].get("counts"))] if found else []
-    if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
-        return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(_confused(row, column, column == number) for column in range(len(row)))
-        + "</tr>"
-        for number, (name, row) in enumerate(zip(classes, counts, strict=True))
-    )
-    head = page.head("label, taken for") + "".join(
-        f'<th scope="col" class="n">{escape(name)}</th>' for name in classes
-    )
-    return page.section("Confusion on the test set", page.table(head, rows))
-
-
-def _confused(row: Sequence[object], column: int, right: bool) -> str:
-    numbers = [value if isinstance(value, int) else 0 for value in row]
-    share = numbers[column] / max(1, sum(numbers))
-    kind = "right" if right else "wrong"
-    style = f' style="--share:{share:.3f}"' if share > 0 else ""
-    return f'<td class="n {kind}"{style}>{numbers[column] or ""}</td>'
+    return page.section("Release", page.table("", rows, "Release", "facts")) if rows else ""
 
 
 def _stages_section(history: Sequence[Report]) -> str:
     if not history:
         return ""
     rows = "".join(_stage_row(number, entry) for number, entry in enumerate(history, 1))
-    head = page.head("#", "Stage", "Outcome", "Bytes", "Ratio", "Validation", "Test")
-    return page.section(
-        "Stages", page.table(head + page.head("Parameters", "Multiply-adds", "More"), rows)
-    )
+    head = page.head("#", "Stage", "Outcome", "Bytes", "Ratio", "Validation", "Test", "Change")
+    table = page.table(head + page.head("Parameters", "Multiply-adds", "More"), rows, "Stages")
+    return page.section("Stages", table)
 
 
 def _stage_row(number: int, entry: Report) -> str:
-    outcome = page.text(entry.get("decision") or entry.get("state"))
     numbers = (
         page.count(page.number(entry, "n_bytes")),
         _times(_ratio(entry)),
         page.percent(page.number(entry, "validation_accuracy")),
         page.percent(page.number(entry, "accuracy")),
-        page.count(page.number(entry, "n_parameters")),
-        page.count(page.number(entry, "macs")),
     )
+    counts = (page.count(page.number(entry, key)) for key in ("n_parameters", "macs"))
     return (
         f'<tr><td class="n">{number}</td><th scope="row">{escape(stage_name(entry))}</th>'
-        f"<td>{escape(outcome)}</td>{page.cells(numbers)}<td>{_more(entry)}</td></tr>"
+        f"<td>{escape(_outcome(entry))}</td>{page.cells(numbers)}<td>{escape(_changed(entry))}</td>"
+        f"{page.cells(counts)}<td>{_more(entry)}</td></tr>"
+    )
+
+
+def _outcome(entry: Report) -> str:
+    outcome = page.text(entry.get("decision") or entry.get("state"))
+    return {"next": "next round", "too-big": "too big"}.get(outcome, outcome)
+
+
+def _changed(entry: Report) -> str:
+    """Say what a stage did to the network as a whole, also where that was nothing."""
+    nouns = {"removed": "filter", "merged": "filter", "projected": "layer"}
+    return ", ".join(
+        f"{count:,.0f} {noun}{'' if count == 1 else 's'} {did}"
+        for did, noun in nouns.items()
+        if (count := page.number(entry, did)) is not None
     )
 
 

@@ -25,6 +25,7 @@ from filterpress.stages.handover import (
 )
 
 _NOT_TOLD = ("layers", "confusion")  # of an evaluation, in the report of a release
+STORY = "story.json"  # in a receipt: the model.json of the package that was released
 SIGNED = ("accuracy", "validation_accuracy", "macs", "ratio")  # of the report, with the file
 
 
@@ -213,7 +214,7 @@ def publish(
             "created": issued.created,
         }
         (draft / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-        shutil.copyfile(model / "model.json", draft / "model.json")  # for the story of the run
+        shutil.copyfile(model / "model.json", draft / STORY)
     return report
 
 

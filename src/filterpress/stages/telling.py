@@ -12,6 +12,7 @@ from filterpress import files, reporting
 from filterpress.errors import FilterpressError, PackageError
 from filterpress.reporting import End
 from filterpress.scratch import Scratch, open_scratch
+from filterpress.stages.deciding import STORY
 from filterpress.stages.handover import Report
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def report(place: str, html: Path, *, state: str, error: str | None = None) -> R
     run, told = place.rpartition("/report/")[0], error or ""
     try:
         scratch = open_scratch(run)
-        model = _newest(scratch, "model.json")
         release = _newest(scratch, "release/report.json")
+        model = _newest(scratch, f"release/{STORY}" if release else "model.json")
     except (FilterpressError, ValueError) as unreadable:
         log.warning("%s", unreadable)
         model, release = {}, {}
