@@ -53,4 +53,4 @@ def cluster(
         task=task,
     )
     recording.record(found, report, clustered)
-    reporting.write_html(Path(clustered.path), Path(page.path))
+    reporting.write_html(Path(clustered.path), Path(page.path), found)

@@ -68,5 +68,5 @@ def evaluate(
     )
     recording.record(found, report, evaluated)
     recording.record_confusion(found, confusion)
-    reporting.write_html(Path(evaluated.path), Path(page.path))
+    reporting.write_html(Path(evaluated.path), Path(page.path), found)
     return found["decision"]

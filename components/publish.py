@@ -66,4 +66,4 @@ def publish(
     )
     release.metadata.update(found)
     recording.record(found, report, release)
-    reporting.write_html(Path(model.path), Path(page.path))
+    reporting.write_html(Path(model.path), Path(page.path), found)

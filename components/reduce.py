@@ -59,5 +59,5 @@ def reduce(
         task=task,
     )
     recording.record(found, report, reduced)
-    reporting.write_html(Path(reduced.path), Path(page.path))
+    reporting.write_html(Path(reduced.path), Path(page.path), found)
     return found["state"]

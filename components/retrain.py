@@ -68,4 +68,4 @@ def retrain(
         runtime=runtime,
     )
     recording.record(found, report, retrained)
-    reporting.write_html(Path(retrained.path), Path(page.path))
+    reporting.write_html(Path(retrained.path), Path(page.path), found)

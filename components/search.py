@@ -83,5 +83,5 @@ def search(
         runtime=runtime,
     )
     recording.record(outcome, report, found)
-    reporting.write_html(Path(found.path), Path(page.path))
+    reporting.write_html(Path(found.path), Path(page.path), outcome)
     return outcome["state"]

@@ -366,6 +366,21 @@ def test_the_file_is_the_rendered_page(tmp_path):
     assert page == reporting.render(MODEL)
 
 
+@pytest.mark.parametrize(
+    ("report", "told", "tone"),
+    [
+        ({"passed_on": True}, "Nothing to do here, passed on as it was. Both thresholds", "plain"),
+        ({"release_counter": 3}, "Published as release 3: 7,391 bytes", "good"),
+        ({}, "Both thresholds hold: 7,391 bytes", "good"),
+    ],
+)
+def test_a_stage_that_left_the_package_as_it_was_says_so(report, told, tone, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    reporting.write_html(tmp_path, tmp_path / "report.html", HISTORY[-1] | report)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(rf'<h1 class="{tone}">(.*?)</h1>', page)[1].startswith(told)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
 def test_a_package_without_a_readable_model_is_refused_by_name(tmp_path, content):
     if content is not None:

@@ -36,16 +36,18 @@ class End(NamedTuple):
     """How a run ended, where there is more to say than the last stage knows."""
 
     verdict: str
-    good: bool
+    good: bool | None  # None where it is neither
     facts: Mapping[str, object] = {}  # of the release
 
 
-def write_html(package: Path, out: Path) -> None:
+def write_html(package: Path, out: Path, report: Report | None = None) -> None:
     """Write the page that tells how a package came about.
 
     Args:
         package: Package directory; only its ``model.json`` is read.
         out: File to write; it appears whole or not at all.
+        report: Report of the stage whose page it is, where that may have left the package as it
+            was: it passed it on, or published it.
 
     Raises:
         PackageError: ``model.json`` is missing or is no JSON object.
@@ -57,7 +59,7 @@ def write_html(package: Path, out: Path) -> None:
         raise PackageError(f"{source} cannot be read: {error}") from error
     if not isinstance(model, dict):
         raise PackageError(f"{source} must hold a JSON object, got {type(model).__name__}")
-    files.write(out, render(model).encode())
+    files.write(out, render(model, _end(report or {})).encode())
 
 
 def render(model: Report, end: End | None = None) -> str:
@@ -166,13 +168,23 @@ def _change(report: Report, key: str) -> str:
     return f"{100 * (accuracy - baseline):+.2f} points"
 
 
+def _end(report: Report) -> End | None:
+    """Tell of a stage what the package does not."""
+    if report.get("passed_on"):
+        return End(f"Nothing to do here, passed on as it was. {verdict(report)}", None)
+    return End(published(report), True) if report.get("release_counter") else None
+
+
+def published(release: Report) -> str:
+    """Say in one line what a release is."""
+    return verdict(release, f"Published as release {release['release_counter']}")
+
+
 def _tone(final: Report, end: End | None) -> str:
     """Choose how the verdict looks: a stage on the way is neither good nor bad."""
-    if end:
-        return "good" if end.good else "open"
-    if not final.get("decision"):
-        return "plain"
-    return "good" if final["decision"] == "publish" else "open"
+    good = final["decision"] == "publish" if final.get("decision") else None
+    good = end.good if end else good
+    return "plain" if good is None else "good" if good else "open"
 
 
 def _final(model: Report, history: Sequence[Report]) -> dict[str, Any]:

@@ -119,8 +119,7 @@ def _verdict(state: str, error: str, model: Report, release: Report) -> str:
     """Say how a run ended; only what gave up is put down to its numbers."""
     after = {"FAILED": " The run failed after that.", "CANCELLED": " It was cancelled after that."}
     if release:
-        published = f"Published as release {release['release_counter']}"
-        return reporting.verdict(release, published) + after.get(state, "")
+        return reporting.published(release) + after.get(state, "")
     if state == "SUCCEEDED":
         return f"Published. {error}".strip()
     last = (model.get("history") or [{}])[-1]
