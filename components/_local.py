@@ -298,6 +298,8 @@ def tell(step: Step) -> None:
 def leave_results(steps: list[Step], out: Path) -> Report:
     """Leave in the folder of a run its page, its report and, if it published, the file.
 
+    Where nothing was measured the page is that of the step ``report``, if the run came so far.
+
     Args:
         steps: Steps of the run, in order.
         out: Folder of the run.
@@ -307,9 +309,12 @@ def leave_results(steps: list[Step], out: Path) -> Report:
     """
     measured = [step for step in steps if "evaluated" in step.outputs]
     published = [step for step in steps if "release" in step.outputs]
+    page = out / "report.html"
     if not measured:
+        for told in (step.outputs["page"] for step in steps if step.name == "report"):
+            files.write(page, Path(told.path).read_bytes())
         return {}
-    package, page = Path(measured[-1].outputs["evaluated"].path), out / "report.html"
+    package = Path(measured[-1].outputs["evaluated"].path)
     write_html(package, page)
     report = {**measured[-1].report, "package": str(package), "html": str(page)}
     if published:

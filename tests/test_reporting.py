@@ -224,6 +224,10 @@ def test_a_search_shows_every_size_tried_and_marks_the_one_it_kept():
     page = reporting.render({"history": [stage("search", 4_500, 0.94, tries=tries)]})
     section = page[page.index("Sizes tried") : page.index("<h2>Stages")]
     assert re.findall(r'class="n">([\d,]{5})<', section) == ["9,000", "4,500", "3,000", "2,000"]
+    assert re.findall(r"<td>([a-z ]+)</td>", section) == [
+        *["accurate enough"] * 2,
+        *["not accurate enough", "too big"],
+    ]
     (kept,) = re.findall(r'"mark last".*?<title>(.*?)</title>', section)
     assert "try 3" in kept
     assert "try 4" not in section

@@ -32,6 +32,10 @@ _OUTCOMES = {
 }
 
 
+# Nothing of a try is published yet.
+_OF_A_TRY = {"publish": "accurate enough", "give-up": "not accurate enough", "too-big": "too big"}
+
+
 class End(NamedTuple):
     """How a run ended, where there is more to say than the last stage knows."""
 
@@ -327,7 +331,7 @@ def tried(entry: Report) -> dict[str, str]:
         '8,000'
     """
     return {
-        "Outcome": _outcome(entry),
+        "Outcome": _OF_A_TRY.get(page.text(entry.get("decision")), _outcome(entry)),
         "Bytes": page.count(page.number(entry, "n_bytes")),
         "Ratio": _times(_ratio(entry)),
         "Validation": page.percent(page.number(entry, "validation_accuracy")),

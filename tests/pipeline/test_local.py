@@ -265,9 +265,14 @@ def test_a_run_that_gave_up_leaves_its_page_and_its_numbers_but_no_file(tmp_path
     assert not (tmp_path / "model.fpk").exists()
 
 
-def test_a_run_that_measured_nothing_leaves_nothing(tmp_path):
-    assert _local.leave_results([], tmp_path) == {}
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_that_measured_nothing_leaves_the_page_of_its_end_if_it_has_one(tmp_path):
+    out, page = tmp_path / "run", dsl.HTML(uri=str(tmp_path / "page"))
+    Path(page.path).write_text("Failed.", encoding="utf-8")
+    failed = Step("train", False, {"page": dsl.HTML(uri=str(tmp_path / "none"))}, {}, "no memory")
+    assert _local.leave_results([failed], out) == {}
+    assert not out.exists()
+    assert _local.leave_results([failed, Step("report", False, {"page": page}, {}, "")], out) == {}
+    assert [(left.name, left.read_text()) for left in out.iterdir()] == [("report.html", "Failed.")]
 
 
 def test_a_run_that_ends_well_without_publishing_is_an_error(tmp_path):
