@@ -194,6 +194,9 @@ def _tone(final: Report, end: End | None) -> str:
 def _final(model: Report, history: Sequence[Report]) -> dict[str, Any]:
     """Take the last report; add the thresholds of those before, and the baseline's numbers."""
     final: dict[str, Any] = dict((history or [{}])[-1])
+    if final.get("stage") == "train":  # the baseline itself
+        known = [key for key in final if key == "ratio" or str(key).startswith("baseline_")]
+        return {key: value for key, value in final.items() if key not in known}
     for entry in reversed(history):
         for key in _THRESHOLDS:
             if final.get(key) is None and key in entry:
@@ -303,16 +306,14 @@ def _search_section(history: Sequence[Report], final: Report) -> str:
     if not points:
         return ""
     passed = {number for number, entry, _ in tries if entry.get("decision") == "publish"}
-    kept = min((p for p in points if p.number in passed), key=_bytes_of, default=None)
+    kept = min(
+        (p for p in points if p.number in passed), key=lambda point: point.n_bytes, default=None
+    )
     floor = page.fraction(final, "min_accuracy")
     drawing = chart.draw(points, split="Validation", min_accuracy=floor, kept=kept)
     rows = "".join(_try_row(number, entry) for number, entry, _ in tries)
     table = page.table(page.head("#", *tried({})), rows, "Sizes tried")
     return page.section("Sizes tried", drawing + table)
-
-
-def _bytes_of(point: chart.Point) -> float:
-    return point.n_bytes
 
 
 def _try_row(number: int, entry: Report) -> str:
