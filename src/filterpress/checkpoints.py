@@ -9,7 +9,8 @@ state.safetensors  weights, the weights kept as best, the state of the optimizer
 state.json         the scores so far, the digest of the training and that of the checkpoint
 ```
 
-Beside it ``DIGEST.progress`` tells whoever watches from outside how far it is, as JSON.
+Beside it ``DIGEST.progress`` tells whoever watches from outside how far it is, as JSON;
+`told_of` reads it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,23 @@ class Course:
     generator: torch.Generator
     scores: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+
+
+def told_of(training: str, scratch: Scratch) -> dict[str, Any] | None:
+    """Read how far a training is, from outside.
+
+    Args:
+        training: Its name in scratch.
+        scratch: The place.
+
+    Returns:
+        ``epoch``, ``epochs`` and ``scores``; None before the first epoch and after the end.
+
+    Raises:
+        ScratchError: Scratch cannot be read.
+    """
+    said = scratch.read(f"{training}.progress")
+    return json.loads(said) if said else None
 
 
 class _Saved(NamedTuple):

@@ -7,11 +7,13 @@ there. Of those that fail, the first leaves its message.
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import typer
 
 from filterpress import stages, terminal
+from filterpress.errors import ScratchError
 from filterpress.launching.work import ERROR, OUT, fetch
 from filterpress.processes import is_main
 from filterpress.scratch import Scratch, open_scratch
@@ -34,10 +36,15 @@ def main(uri: str, name: str, text: str) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 _run(scratch, name, text, Path(folder))
         except Exception as error:
-            # Those of other machines fail after this one has gone, and have less to say.
-            if scratch.read(f"{name}/{ERROR}") is None:
-                scratch.write(f"{name}/{ERROR}", terminal.one_line(error).encode())
+            with suppress(ScratchError):  # the error itself has more to say than that
+                _leave(scratch, name, terminal.one_line(error))
             raise
+
+
+def _leave(scratch: Scratch, name: str, said: str) -> None:
+    """Leave an error, unless another process has: who fails later has less to say."""
+    if scratch.read(f"{name}/{ERROR}") is None:
+        scratch.write(f"{name}/{ERROR}", said.encode())
 
 
 def _run(scratch: Scratch, name: str, text: str, folder: Path) -> None:

@@ -11,13 +11,15 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from filterpress import launching, stages
-from filterpress.checkpoints import name_of
+from filterpress.checkpoints import Checkpoint, Course, name_of
 from filterpress.errors import ClusterError
 from filterpress.launching import trainjob
-from filterpress.scratch import open_scratch
+from filterpress.scratch import DirectoryScratch, open_scratch
 from filterpress.stages.learning import PLACES
 from tests.api_server import TOKEN
 from tests.launching.conftest import TINY, complaint, contents
@@ -75,8 +77,9 @@ def test_the_log_tells_what_changes_and_nothing_twice(cluster, train, trained, c
         scratch, _ = args_of(job)
         server.tell(job, jobsStatus=[{"name": "node", "active": 2, "ready": 1, "failed": 0}])
         time.sleep(0.2)
-        told = {"epoch": 1, "epochs": 2, "scores": [0.75]}
-        scratch.write(f"{training}/progress", json.dumps(told).encode())
+        layer = nn.Linear(2, 2)
+        course = Course(layer, torch.optim.SGD(layer.parameters()), torch.Generator(), [0.75])
+        Checkpoint(scratch, training).save(course, 2)
         time.sleep(0.2)
         complete_with(trained)(server, job)
 
@@ -103,6 +106,13 @@ def test_a_job_that_fails_is_said_with_its_own_message_and_its_first_errors(
     assert cluster.deleted == []  # people may look at its pods
 
 
+def test_a_cluster_that_refuses_is_not_said_with_an_error_of_an_earlier_try(cluster, train):
+    cluster.play = fail_with("out of luck", "old error")
+    complaint(train, ClusterError)
+    cluster.forbidden = {("get", "trainjobs")}
+    assert complaint(train, ClusterError).startswith("namespace fleet allows no such job")
+
+
 def test_a_job_that_fails_in_silence_is_said_with_its_own_message(cluster, train):
     cluster.play = fail_with("jobset failed: no pod was ever ready")
     assert complaint(train).endswith("failed: jobset failed: no pod was ever ready")
@@ -121,11 +131,36 @@ def test_a_step_that_is_tried_again_adopts_the_job_of_the_first(
     assert cluster.made == [job]
 
 
-def test_a_job_that_somebody_else_makes_at_the_same_time_is_adopted(cluster, train, trained):
+def test_the_packages_of_a_job_made_at_the_same_time_are_there_all_the_time(
+    cluster, train, trained, scratch, monkeypatch
+):
+    removed = []
+    delete = DirectoryScratch.delete
+
+    def note(self, name):
+        removed.append(name.rpartition("/")[2])
+        delete(self, name)
+
+    monkeypatch.setattr(DirectoryScratch, "delete", note)
+    cluster.play = lambda server, job: (
+        removed.append("made"),
+        complete_with(trained)(server, job),
+    )
+    train(weights=str(trained / "weights.safetensors"))
+    assert removed[: removed.index("made")] == ["out", "error"]
+    assert removed[-1] == "weights"
+
+
+def test_a_job_that_somebody_else_makes_at_the_same_time_is_adopted(
+    cluster, train, trained, caplog
+):
     cluster.instead = 409  # its launcher was between our question and our job
     cluster.play = complete_with(trained)
+    caplog.set_level(logging.INFO)
     assert train()["stage"] == "train"
     assert len(cluster.made) == 1
+    assert "adopted" in caplog.text
+    assert "made, for" not in caplog.text
 
 
 def test_a_job_of_which_nobody_knows_whether_it_was_made_is_deleted(cluster, train, scratch):

@@ -16,10 +16,10 @@ import typer
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from filterpress import launching, node, stages
-from filterpress.errors import DataError, FilterpressError
+from filterpress.errors import DataError, FilterpressError, ScratchError
 from filterpress.launching import torchrun
 from filterpress.launching.work import Work, fetch
-from filterpress.scratch import open_scratch
+from filterpress.scratch import DirectoryScratch, open_scratch
 from tests import tiny
 from tests.launching.conftest import TINY, contents
 from tests.launching.trainer_server import run_for_real
@@ -75,6 +75,7 @@ def test_two_machines_give_the_bytes_that_two_processes_of_one_give(
     (job,) = cluster.made
     assert cluster.deleted == [job["metadata"]["name"]]
     assert "node: 2 active, 2 ready" in caplog.text
+    assert "epoch 1 of 2: validation" in caplog.text
 
 
 @pytest.mark.slow
@@ -154,13 +155,16 @@ def test_a_process_that_says_nothing_is_named(failure):
 def test_files_and_packages_reach_the_machines_as_they_are(tmp_path, trained):
     scratch = open_scratch(str(tmp_path / "scratch"))
     weights = trained / "weights.safetensors"
-    work = Work("train", {"model": trained, "weights": weights}, {"seed": 3}, "training")
-    stage, arguments = fetch(work.put(scratch, "name"), scratch, "name", tmp_path / "there")
+    settings = {"seed": 3, "data": "image-folder:$(HOME)/$x"}
+    work = Work("train", {"model": trained, "weights": weights}, settings, "training")
+    text = work.put(scratch, "name")
+    assert "$" not in text  # which Kubernetes would replace in arguments
+    stage, arguments = fetch(text, scratch, "name", tmp_path / "there")
     assert stage == "train"
     assert contents(arguments["model"]) == contents(trained)
     assert arguments["weights"].name == weights.name
     assert arguments["weights"].read_bytes() == weights.read_bytes()
-    assert arguments["seed"] == 3
+    assert settings.items() <= arguments.items()
     work.clear(scratch, "name")
     assert contents(tmp_path / "scratch") == {}
 
@@ -181,6 +185,18 @@ def test_of_the_machines_that_fail_the_first_leaves_its_error(tmp_path, capsys):
             node.main(str(tmp_path), "name", json.dumps(["train", {}, {**TINY, "config": config}]))
     assert scratch.read("name/error") == b"epochs must be at least 1, got 0"
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_an_error_that_cannot_be_left_is_said_all_the_same(tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise ScratchError("cannot write")
+
+    monkeypatch.setattr(DirectoryScratch, "_writing", broken)
+    with pytest.raises(typer.Exit):
+        node.main(str(tmp_path), "name", json.dumps(["train", {}, {**TINY, "config": "{"}]))
+    said = capsys.readouterr().err
+    assert said.startswith("error: config must be")
+    assert "cannot write" not in said
 
 
 def test_machines_run_no_other_stage(tmp_path, capsys):

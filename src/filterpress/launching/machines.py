@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filterpress.checkpoints import told_of
 from filterpress.errors import ClusterError, ScratchError
 from filterpress.launching.trainjob import HopelessError, TrainJobs, body
 from filterpress.launching.work import ERROR, OUT, Work
@@ -49,13 +49,9 @@ def train_on_machines(work: Work, out: Path, nodes: int, runtime: str) -> None:
             with _cleared(work, scratch, name):
                 args = ["-m", _MODULE, scratch.uri, name, work.put(scratch, name)]
                 jobs.create(body(name, image, args, nodes=nodes, runtime=runtime))
-        jobs.wait(name, lambda: _epochs(scratch, work.training))
+        _wait(jobs, work, scratch, name)
     except (KeyboardInterrupt, SystemExit, HopelessError):
         _remove(jobs, work, scratch, name)
-        raise
-    except ClusterError as error:
-        if said := _read(scratch, f"{name}/{ERROR}"):
-            raise ClusterError(f"{said} ({error})", error.status) from error
         raise
     there = scratch.get(f"{name}/{OUT}", out)
     _remove(jobs, work, scratch, name)
@@ -86,12 +82,24 @@ def _image(pod: Json) -> str:
 
 @contextmanager
 def _cleared(work: Work, scratch: Scratch, name: str) -> Iterator[None]:
-    """Begin with no trace of the work in scratch, and leave none where the block fails."""
-    work.clear(scratch, name)
+    """Begin with nothing that machines left, and leave no trace of the work if the block fails."""
+    work.forget(scratch, name)
     try:
         yield
     except BaseException:
         work.clear(scratch, name)
+        raise
+
+
+def _wait(jobs: TrainJobs, work: Work, scratch: Scratch, name: str) -> None:
+    """Wait for a job; if it fails, say what its machines said first."""
+    try:
+        jobs.wait(name, lambda: _epochs(scratch, work.training))
+    except HopelessError:
+        raise
+    except ClusterError as error:
+        if said := _error(scratch, name):
+            raise ClusterError(f"{said} ({error})", error.status) from error
         raise
 
 
@@ -105,17 +113,20 @@ def _remove(jobs: TrainJobs, work: Work, scratch: Scratch, name: str) -> None:
 
 
 def _epochs(scratch: Scratch, training: str) -> list[str]:
-    """Say how far a training is, by what lies beside its checkpoint."""
-    if not (said := _read(scratch, f"{training}/progress")):
+    """Say how far a training is, or that nobody can tell."""
+    try:
+        told = told_of(training, scratch)
+    except ScratchError as error:
+        return [str(error)]
+    if told is None:
         return []
-    told = json.loads(said)
     return [f"epoch {told['epoch']} of {told['epochs']}: validation {told['scores'][-1]:.4f}"]
 
 
-def _read(scratch: Scratch, name: str) -> str:
-    """Read what a machine says; nothing if it does not, or cannot be heard."""
+def _error(scratch: Scratch, name: str) -> str:
+    """Read what the first machine that failed said; nothing if it did not, or cannot be heard."""
     try:
-        return (scratch.read(name) or b"").decode()
+        return (scratch.read(f"{name}/{ERROR}") or b"").decode()
     except ScratchError as error:
         log.warning("%s", error)
         return ""

@@ -111,13 +111,14 @@ class TrainJobs:
             ClusterError: The cluster refuses, or has no Trainer.
         """
         try:
-            self._ask("POST", self._path, job, none_if=HTTPStatus.CONFLICT)
+            made = self._ask("POST", self._path, job, none_if=HTTPStatus.CONFLICT)
         except ClusterError as error:
             if _is_passing(error):
                 raise HopelessError(str(error), error.status) from error
             raise
         name, nodes = job["metadata"]["name"], job["spec"]["trainer"]["numNodes"]
-        log.info("TrainJob %s: made, for %d machines", name, nodes)
+        how = f"made, for {nodes} machines" if made else "adopted"
+        log.info("TrainJob %s: %s", name, how)
 
     def wait(self, name: str, progress: Callable[[], list[str]]) -> None:
         """Wait until a job is complete, and tell what changes.

@@ -61,11 +61,18 @@ class Work:
             files[parameter] = "" if path.is_dir() else path.name
             with _as_folder(path) as folder:
                 scratch.put(f"{name}/{parameter}", folder)
-        return json.dumps([self.stage, files, dict(self.settings)])
+        text = json.dumps([self.stage, files, dict(self.settings)])
+        return text.replace("$", "\\u0024")  # Kubernetes takes $(NAME) for a variable
+
+    def forget(self, scratch: Scratch, name: str) -> None:
+        """Remove what machines left in scratch of this work."""
+        for part in (OUT, ERROR):
+            scratch.delete(f"{name}/{part}")
 
     def clear(self, scratch: Scratch, name: str) -> None:
-        """Remove what lies in scratch of this work."""
-        for part in (*self.inputs, OUT, ERROR):
+        """Remove all that lies in scratch of this work."""
+        self.forget(scratch, name)
+        for part in self.inputs:
             scratch.delete(f"{name}/{part}")
 
 
