@@ -27,13 +27,16 @@ from tests.launching.trainer_server import run_for_real
 TASK = {"task": "tests.tiny:task"}
 
 
-class Unreachable(tiny.Patterns):
-    """Data that rank 1 cannot read, which it says late."""
+UNREACHABLE = """
+import os
+from filterpress.errors import DataError
+from tests.tiny import task as patterns
 
-    def __init__(self, data, data_dir, image_size):
-        super().__init__()
-        if os.environ.get("RANK") == "1":
-            raise DataError("no data here")
+def task(data, data_dir, image_size):
+    if os.environ.get("RANK") == "1":
+        raise DataError("no data here")
+    return patterns(data, data_dir, image_size)
+"""
 
 
 class Witnessed(tiny.Patterns):
@@ -55,6 +58,7 @@ def evaluated(trained, tmp_path_factory):
 @pytest.fixture
 def two(monkeypatch):
     monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setenv("PET_NNODES", "2")  # as on machines of Trainer; here there is one
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -79,8 +83,15 @@ def test_two_machines_give_the_bytes_that_two_processes_of_one_give(
 
 
 @pytest.mark.slow
-def test_the_process_that_fails_first_says_why_and_nothing_is_written(two, tmp_path):
-    given = {**TINY, "task": "tests.launching.test_processes:Unreachable"}
+def test_the_process_that_fails_first_says_why_and_nothing_is_written(two, tmp_path, monkeypatch):
+    """They find the modules that this process finds, and no others of their working directory."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "unreachable.py").write_text(UNREACHABLE)
+    (tmp_path / "queue.py").write_text("raise ImportError('of the working directory')")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(tiny.ROOT)
+    monkeypatch.chdir(tmp_path)
+    given = {**TINY, "task": "unreachable:task"}
     with pytest.raises(FilterpressError, match=r"^no data here$"):
         stages.train(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
@@ -146,6 +157,17 @@ def test_the_reason_is_what_was_said_first(failure):
 def test_a_process_that_was_killed_is_the_reason_whatever_others_say(failure):
     found = {0: failure(0, 2, "another process is gone"), 1: failure(1, -9)}
     assert torchrun.reason_of(found).startswith("process 1 was ended by SIGKILL: often there was")
+
+
+def test_a_process_that_aborts_is_the_reason_only_where_nobody_says_more(failure):
+    told, aborted = failure(0, 2, "lower lr"), failure(1, -6)
+    assert torchrun.reason_of({0: told, 1: aborted}) == "lower lr"
+    assert torchrun.reason_of({0: failure(2, -15), 1: aborted}) == "process 1 was ended by SIGABRT"
+
+
+def test_a_process_that_crashes_is_the_reason_and_memory_is_not_blamed(failure):
+    found = {0: failure(0, 2, "another process is gone"), 1: failure(1, -11)}
+    assert torchrun.reason_of(found) == "process 1 was ended by SIGSEGV"
 
 
 def test_a_process_that_says_nothing_is_named(failure):

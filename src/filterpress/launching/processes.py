@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,9 +32,10 @@ def train_in_processes(work: Work, out: Path, processes: int) -> None:
         started = subprocess.Popen(
             [
                 *(sys.executable, "-m", "filterpress.launching.torchrun", reason, "--standalone"),
-                *(f"--nproc-per-node={processes}", f"--log-dir={folder}"),
+                *("--nnodes=1", f"--nproc-per-node={processes}", f"--log-dir={folder}"),
                 *("-m", "filterpress", work.stage, *flags),
             ],
+            env=os.environ | _imports(),
             stdout=subprocess.DEVNULL,  # the report, which is in the package too
         )
         try:
@@ -42,8 +44,15 @@ def train_in_processes(work: Work, out: Path, processes: int) -> None:
             _end(started)
             raise
         if status:
-            said = reason.read_text(encoding="utf-8") if reason.exists() else "torchrun failed"
+            unknown = "torchrun failed: what it said last on standard error has the reason"
+            said = reason.read_text(encoding="utf-8") if reason.exists() else unknown
             raise FilterpressError(said)
+
+
+def _imports() -> dict[str, str]:
+    """Let the processes find the modules that this one finds, in the same order."""
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def _end(started: subprocess.Popen[bytes]) -> None:

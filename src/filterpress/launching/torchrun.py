@@ -13,6 +13,9 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+_CONSEQUENCES = {signal.SIGTERM, signal.SIGABRT}  # torchrun sends the one, NCCL raises the other
+_MEMORY = ": often there was too little memory for so many processes"
+
 
 def main(file: str, *arguments: str) -> None:
     """Start processes and wait for them.
@@ -38,14 +41,15 @@ def reason_of(failures: Mapping[int, ProcessFailure]) -> str:
         failures: What is known of each, by rank.
     """
     for rank, failure in failures.items():
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # which torchrun sends
-            return (
-                f"process {rank} was ended by {failure.signal_name()}: "
-                "often there was too little memory for so many processes"
-            )
+        if failure.exitcode < 0 and -failure.exitcode not in _CONSEQUENCES:
+            killed = failure.exitcode == -signal.SIGKILL
+            return f"process {rank} was ended by {failure.signal_name()}" + _MEMORY * killed
     told = {rank: Path(f.error_file) for rank, f in failures.items() if Path(f.error_file).exists()}
     if not told:
-        rank, failure = min(failures.items())
+        # A process that torchrun ended is no reason.
+        rank, failure = max(failures.items(), key=lambda f: f[1].exitcode != -signal.SIGTERM)
+        if failure.exitcode < 0:
+            return f"process {rank} was ended by {failure.signal_name()}"
         return f"process {rank} ended with exit code {failure.exitcode}"
     # The times that torch knows are rounded to seconds.
     first = min(told, key=lambda rank: told[rank].stat().st_mtime_ns)
