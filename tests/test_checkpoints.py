@@ -16,11 +16,13 @@ from torch import nn
 from filterpress import checkpoints, stages
 from filterpress.checkpoints import Checkpoint, Course, name_of
 from filterpress.errors import BudgetError, ScratchError
+from filterpress.progress import shown_by
 from filterpress.scratch import DirectoryScratch, open_scratch
 from filterpress.stages import searching
 from filterpress.tasks import ImageClassification
 from filterpress.training import FitConfig, fit
 from tests import tiny
+from tests.disks import largest_file
 from tests.test_training import checksum, easy_task, small_net
 
 SGD = FitConfig(epochs=4, batch_size=16, lr=0.01, precision="float32")
@@ -266,13 +268,18 @@ def test_a_place_that_cannot_be_written_ends_the_training_with_one_line(task, tm
         fit(network(), task, SGD, seed=3, checkpoint=checkpoint)
 
 
+def test_a_full_disk_ends_the_training_with_one_line(task, scratch):
+    with largest_file(1000), pytest.raises(ScratchError, match=r"^cannot write a checkpoint in "):
+        fit(network(), task, SGD, seed=3, checkpoint=every_epoch(scratch))
+
+
 def test_what_cannot_be_removed_is_a_warning(tmp_path, caplog):
     (tmp_path / "scratch").touch()
     every_epoch(open_scratch(str(tmp_path / "scratch"))).delete()
     assert "cannot delete" in caplog.text
 
 
-def test_a_training_is_named_by_all_that_it_depends_on(tmp_path):
+def test_a_training_is_named_by_all_that_it_depends_on(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.json").write_text(name)
@@ -286,7 +293,10 @@ def test_a_training_is_named_by_all_that_it_depends_on(tmp_path):
     names.add(name_of(*given))
     (tmp_path / "one" / "model.json").write_text("changed")
     names.add(name_of(*given))
-    assert len(names) == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "another")
+        names.add(name_of(*given))
+    assert len(names) == 8
     (tmp_path / "two").rename(tmp_path / "elsewhere")
     moved = [tmp_path / "one", tmp_path / "elsewhere"]
     assert name_of(*given[:2], moved, given[3]) in names
@@ -336,8 +346,17 @@ def test_a_stage_that_was_killed_goes_on_and_leaves_nothing_behind(
         stages.train(tmp_path / "out", scratch=uri, **given)
     assert all(open_scratch(uri).read(name) for name in names)
     monkeypatch.delenv("DIE_IN")
-    with caplog.at_level(logging.INFO):
+    shown = {}
+
+    def display(description, total):
+        shown[description] = [total]
+        return contextlib.nullcontext(lambda n=1: shown[description].append(n))
+
+    with caplog.at_level(logging.INFO), shown_by(display):
         stages.train(tmp_path / "out", scratch=uri, **given)
+    total, first, *others = shown["train"]
+    assert first > total / 6  # of six epochs, where the training went on
+    assert (set(others), first + sum(others)) == ({1}, total)
     assert "epoch 1 of 6" not in caplog.text
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
     assert not any(open_scratch(uri).read(name) for name in names)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -354,6 +355,7 @@ def test_two_processes_end_with_equal_replicas_that_are_the_single_ones(tmp_path
             assert tensor.equal(second[kind][name]), (kind, name)
     for name, tensor in first["whole"].items():
         assert tensor.equal(first["resumed"][name]), name
+    assert first["largest"] < 10_000  # a whole state has more than 200 000 bytes
     assert not first["retrained"]["4.bias"].equal(first["state"]["4.bias"])
     # Without batch normalisation, two halves of a batch give the gradient of the whole.
     alone = linear_net(0)
@@ -362,6 +364,15 @@ def test_two_processes_end_with_equal_replicas_that_are_the_single_ones(tmp_path
         torch.testing.assert_close(first["linear"][name], tensor)
     assert not set(first["seen"]) & set(second["seen"])
     assert sorted(first["seen"] + second["seen"]) == list(range(64))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_refused(score):
+    task = easy_task()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(task), "score", lambda *_: score)
+        with pytest.raises(ModelError, match=f"^the validation score became {score} while"):
+            fit(small_net(0), task, QUICK, seed=0)
 
 
 def test_a_single_process_is_the_main_one():

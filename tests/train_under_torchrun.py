@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -31,6 +32,30 @@ class Witness(nn.Flatten):
         if self.training:
             self.seen += [image.numpy().tobytes() for image in images.contiguous()]
         return super().forward(images)
+
+
+def partly_used_net(seed):
+    """A network with states of other types, one that is large, and a parameter that nothing uses."""
+    network = small_net(seed)
+    network.register_buffer("mask", torch.tensor([True, False]))
+    network.register_buffer("large", torch.full((100_000,), seed, dtype=torch.bfloat16))
+    network.register_buffer("nothing", torch.empty(0, 3))
+    network.register_parameter("idle", nn.Parameter(torch.zeros(2)))
+    return network
+
+
+@contextlib.contextmanager
+def largest_object():
+    """Note the bytes of all that is pickled for other processes."""
+    noted, broadcast = [0], dist.broadcast_object_list
+
+    def note(objects, **given):
+        noted.append(len(pickle.dumps(objects)))
+        broadcast(objects, **given)
+
+    dist.broadcast_object_list = note
+    yield noted
+    dist.broadcast_object_list = broadcast
 
 
 def checkpoint(folder):
@@ -67,10 +92,11 @@ def main(folder):
     network.register_buffer("mask", torch.tensor([True, False]))
     result = fit(network, task, QUICK, seed=0, progress=None)
     retrained, _ = retrain(network, task, seed=0)
-    killed, resumed, whole = (small_net(seed=rank) for _ in range(3))
+    killed, resumed, whole = (partly_used_net(seed=rank) for _ in range(3))
     with contextlib.suppress(InterruptedError):
         fit(killed, task, QUICK, seed=0, checkpoint=checkpoint(folder), progress=interrupt)
-    fit(resumed, task, QUICK, seed=0, checkpoint=checkpoint(folder))
+    with largest_object() as largest:
+        fit(resumed, task, QUICK, seed=0, checkpoint=checkpoint(folder))
     fit(whole, task, QUICK, seed=0)
     written = {
         "is_main": is_main(),
@@ -78,6 +104,7 @@ def main(folder):
         "state": network.state_dict(),
         "retrained": retrained.state_dict(),
         "resumed": resumed.state_dict(),
+        "largest": max(largest),
         "whole": whole.state_dict(),
         "linear": linear.state_dict(),
         "seen": [number[image] for image in linear[0].seen[:32]],

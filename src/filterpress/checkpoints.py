@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from filterpress.errors import ScratchError
-from filterpress.processes import best_device, from_all, from_main, is_main, rank
+from filterpress.processes import best_device, from_all, from_main, is_main, rank, tensors_from_main
 from filterpress.scratch import DamagedError, Scratch
 
 log = logging.getLogger(__name__)
@@ -109,14 +110,23 @@ class Checkpoint:
             ScratchError: Scratch cannot be read.
         """
         # Only the machine of the main process may have the folder.
-        saved = from_main(lambda: self._read(course))
-        if saved is None:
+        here: dict[str, Tensor] = {}
+
+        def read() -> tuple[list[float], dict[str, list[int]]] | None:
+            if (saved := self._read(course)) is None:
+                return None
+            here.update(saved.tensors)
+            return saved.scores, saved.strides
+
+        if (told := from_main(read)) is None:
             return
-        course.model.load_state_dict(_below("model", saved.tensors))
-        course.best = _below("best", saved.tensors)
-        _load_optimizer(course.optimizer, _below("optimizer", saved.tensors), saved.strides)
-        course.scores = list(saved.scores)
-        _set_random(course.generator, _below("random", saved.tensors))
+        scores, strides = told
+        tensors = tensors_from_main(here)
+        course.model.load_state_dict(_below("model", tensors))
+        course.best = _below("best", tensors)
+        _load_optimizer(course.optimizer, _below("optimizer", tensors), strides)
+        course.scores = list(scores)
+        _set_random(course.generator, _below("random", tensors))
         if is_main():
             log.info("going on after epoch %d, from a checkpoint", len(course.scores))
 
@@ -153,18 +163,11 @@ class Checkpoint:
         begun = time.monotonic()
         if begun < self._due:
             return
-        tensors = _tensors(course, generators)
         with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "state.safetensors"
-            save_file({name: _plain(tensor) for name, tensor in tensors.items()}, weights)
-            state = {
-                "format": FORMAT,
-                "training": self.name,
-                "scores": course.scores,
-                "strides": {n: t.stride() for n, t in tensors.items() if not t.is_contiguous()},
-            }
-            state["sha256"] = _seal(weights, state)
-            (Path(folder) / "state.json").write_text(json.dumps(state))
+            try:
+                _save(Path(folder), self.name, course, generators)
+            except (OSError, SafetensorError) as error:
+                raise ScratchError(f"cannot write a checkpoint in {folder}: {error}") from error
             self._scratch.put(f"{self.name}.checkpoint", Path(folder))
         ended = time.monotonic()
         self._due = ended + (ended - begun) * (1 / self._share - 1)
@@ -204,6 +207,7 @@ def name_of(
     """
     depends = {
         "filterpress": version("filterpress"),
+        "torch": torch.__version__,
         "format": FORMAT,
         "stage": stage,
         "settings": dict(settings),
@@ -211,6 +215,20 @@ def name_of(
         "weights": _digest(Path(weights)) if weights else "",
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _save(folder: Path, training: str, course: Course, generators: list[dict[str, Tensor]]) -> None:
+    tensors = _tensors(course, generators)
+    weights = folder / "state.safetensors"
+    save_file({name: _plain(tensor) for name, tensor in tensors.items()}, weights)
+    state = {
+        "format": FORMAT,
+        "training": training,
+        "scores": course.scores,
+        "strides": {n: t.stride() for n, t in tensors.items() if not t.is_contiguous()},
+    }
+    state["sha256"] = _seal(weights, state)
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def _load(folder: Path, training: str) -> _Saved:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -71,6 +71,27 @@ def from_main(work: Callable[[], T]) -> T:
     return told[0]  # type: ignore[no-any-return]
 
 
+def tensors_from_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give all processes tensors that the main one has, one at a time: there may be gigabytes.
+
+    Args:
+        tensors: Those of the main process, on the CPU; what others give does not count.
+
+    Returns:
+        The same in all.
+    """
+    if world() == 1:
+        return dict(tensors)
+    told = from_main(lambda: [(name, t.shape, t.dtype) for name, t in tensors.items()])
+    received = {}
+    with others_watched():
+        for name, shape, dtype in told:
+            tensor = tensors[name] if is_main() else torch.empty(shape, dtype=dtype)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), 0, group=_patient())  # of any type
+            received[name] = tensor
+    return received
+
+
 def from_all(value: T) -> list[T]:
     """Collect a value of each process, in the order of their ranks."""
     if world() == 1:
@@ -81,20 +102,18 @@ def from_all(value: T) -> list[T]:
     return values
 
 
-def replica_of(model: nn.Module, resumable: bool) -> nn.Module:
+def replica_of(model: nn.Module) -> nn.Module:
     """Wrap a network so that its gradients are the means over the processes.
 
     Args:
         model: The network, which takes the state that it has in the main process.
-        resumable: Add up in the same order from the first step on. Otherwise the order is changed
-            after it, for speed, and the sums of three processes or more round otherwise in the
-            first step of a training that goes on.
     """
     if world() == 1:
         return model
-    # Torch keeps the order where it searches for unused parameters, and warns once that there are
-    # none. The sum of two does not depend on it.
-    return DistributedDataParallel(model, find_unused_parameters=resumable and world() > 2)
+    # A parameter that is not used is no error with one process either. And torch then adds up in
+    # one order; otherwise it changes it after the first step, so that the first step of a training
+    # that goes on would round otherwise. It warns once that all are used.
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def mean_of_all(value: Tensor) -> float:

@@ -139,7 +139,8 @@ def fit(
         The scores, and which epoch was kept.
 
     Raises:
-        ModelError: Nothing in the network can be trained, or the loss became NaN or infinite.
+        ModelError: Nothing in the network can be trained, or the loss or the score became NaN or
+            infinite.
         DataError: There are fewer than two training images for each process.
         ValueError: There are fewer than two images of a batch for each process.
         ScratchError: The checkpoint cannot be read or written.
@@ -155,7 +156,7 @@ def fit(
         for network in (model, teacher):
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
-        replica = processes.replica_of(model, resumable=checkpoint is not None)
+        replica = processes.replica_of(model)
         bfloat16 = _in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
@@ -359,7 +360,10 @@ def _validation_score(model: nn.Module, task: Task, predict: Predict) -> float:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-    return processes.from_main(lambda: task.score(predict, "validation"))
+    score = processes.from_main(lambda: task.score(predict, "validation"))
+    if not math.isfinite(score):
+        raise ModelError(f"the validation score became {score} while training; lower lr")
+    return score
 
 
 @contextlib.contextmanager

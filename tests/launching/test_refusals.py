@@ -100,6 +100,7 @@ def test_machines_that_cannot_be_had_are_refused_at_once(given, says, tmp_path, 
     for act in (
         lambda: stages.train(tmp_path / "out", **TINY, **given),
         lambda: stages.retrain(trained, trained, tmp_path / "out", **given),
+        lambda: stages.search(trained, trained, tmp_path / "out", max_size="smallest", **given),
     ):
         assert complaint(act, ValueError) == says
 

@@ -239,5 +239,12 @@ def _progress(description: str, task: Task, config: FitConfig) -> Iterator[Progr
         yield None
         return
     steps = config.epochs * steps_per_epoch(task, config.batch_size)
+    done = 0
+
+    def show(epoch: int, step: int, n_steps: int, _: float) -> None:
+        nonlocal done
+        before, done = done, epoch * n_steps + step
+        advance(done - before)  # more than one where a training goes on
+
     with progress(description, steps) as advance:
-        yield lambda *_: advance()
+        yield show

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filterpress import files
+from filterpress import files, launching
 from filterpress.budget import SMALLEST
 from filterpress.errors import BudgetError
 from filterpress.stages.handover import ENCODED, Report, pass_on
@@ -96,6 +96,7 @@ def search(
     given = {k: v for k, v in locals().items() if k not in ("model", "trained", "out")}
     if max_size != SMALLEST:
         return pass_on(model, out) | {"state": "too-big"}
+    launching.check(nodes, scratch)
     files.refuse_existing(out)
     with files.new_directory(out) as draft:
         tries = _try_sizes(model, trained, draft / "tries", given, 60 * max_minutes)
