@@ -64,13 +64,14 @@ def two(monkeypatch):
 
 @pytest.mark.slow
 def test_two_machines_give_the_bytes_that_two_processes_of_one_give(
-    cluster, two, evaluated, trained, tmp_path, caplog
+    cluster, two, evaluated, trained, tmp_path, caplog, capfd
 ):
     caplog.set_level(logging.INFO)
     cluster.play = run_for_real
     given = {**TASK, "max_size": "20x", "min_accuracy": "-0pp", "config": '{"epochs": 2}'}
     given["scratch"] = str(tmp_path / "scratch")
     here = stages.retrain(evaluated, trained, tmp_path / "here", **given)
+    assert "reducer.cpp" not in capfd.readouterr().err
     there = stages.retrain(evaluated, trained, tmp_path / "there", **given, nodes=2)
     assert here == there == json.loads((tmp_path / "there" / "report.json").read_text())
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
