@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import urllib.request
 import pytest
 
 _NUMBERS = itertools.count()
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before torch
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ class Witness(nn.Flatten):
 
 
 def partly_used_net(seed):
-    """A network with states of other types, one that is large, and a parameter that nothing uses."""
+    """A network with a large buffer, others of other types, and a parameter that nothing uses."""
     network = small_net(seed)
     network.register_buffer("mask", torch.tensor([True, False]))
     network.register_buffer("large", torch.full((100_000,), seed, dtype=torch.bfloat16))

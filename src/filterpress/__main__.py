@@ -6,6 +6,7 @@ nothing was published, 2 anything else that went wrong; the reason is one line o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ app.add_typer(release_commands.app)
 
 def main() -> None:
     """Run the command line."""
+    # Read when torch is imported: DDP warns at length in each process where nothing is unused.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     app()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from filterpress.errors import FilterpressError
 from filterpress.launching.work import Work
 
-_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # DDP warns at length that all parameters are used
 _GRACE_S = 20  # for processes that were told to end
 
 
@@ -36,7 +35,7 @@ def train_in_processes(work: Work, out: Path, processes: int) -> None:
                 *("--nnodes=1", f"--nproc-per-node={processes}", f"--log-dir={folder}"),
                 *("-m", "filterpress", work.stage, *flags),
             ],
-            env=_QUIET | os.environ | _imports(),
+            env=os.environ | _imports(),
             stdout=subprocess.DEVNULL,  # the report, which is in the package too
         )
         try:
