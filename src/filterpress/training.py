@@ -167,11 +167,8 @@ def fit(
             return _loss(task, config, outputs, targets, soft)
 
         n_steps = steps_per_epoch(task, config.batch_size)
-        course = Course(
-            model,
-            _optimizer(model, config, paces or {}),
-            torch.Generator().manual_seed(seed),
-        )
+        generator = torch.Generator().manual_seed(seed)
+        course = Course(model, _optimizer(model, config, paces or {}), generator)
         if checkpoint:
             checkpoint.restore(course)
         rates = _rates(config, n_steps, from_epoch=len(course.scores))

@@ -25,7 +25,10 @@ from filterpress.stages.handover import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from filterpress.checkpoints import Checkpoint
+    from filterpress.package import Package
     from filterpress.tasks import Task
     from filterpress.training import FitConfig, Progress
 
@@ -70,7 +73,7 @@ def train(
         Report with the network's size, accuracy, parameters and multiply-accumulates.
     """
     given = {k: v for k, v in locals().items() if k not in (*PLACES, "weights")}
-    from filterpress import measurement, models, package, settings
+    from filterpress import models, package, settings
     from filterpress.checkpoints import name_of
     from filterpress.processes import first_here, from_main, is_main
     from filterpress.tasks import load_task
@@ -95,39 +98,40 @@ def train(
     if trains:
         checkpoint = _checkpoint(scratch, "train", given, weights=weights)
         with _progress("train", its_task, fit_config) as advance:
-            fit(
-                network,
-                its_task,
-                fit_config,
-                seed=seed,
-                progress=advance,
-                checkpoint=checkpoint,
-            )
-    baseline = measurement.baseline(network, its_task)
+            fit(network, its_task, fit_config, seed=seed, progress=advance, checkpoint=checkpoint)
+    made = _package_of(network, model, its_task, trains)
+    if is_main():
+        with files.new_directory(out) as draft:
+            package.save(made, draft)
+    if checkpoint:
+        checkpoint.delete()
+    return made.history[-1]
+
+
+def _package_of(network: nn.Module, model: str, task: Task, trained: bool) -> Package:
+    """Measure a network, and make it the first package of a run."""
+    from filterpress import measurement
+    from filterpress.package import Package
+
+    baseline = measurement.baseline(network, task)
     report = {
         "stage": "train",
-        "trained": trains,
+        "trained": trained,
         **measurement.against(baseline, baseline),
         "decision": None,
         "round": None,
         "retrains": 0,
         "sha256": None,
     }
-    trained = package.Package(
+    return Package(
         network=network,
         model=model,
-        input_shape=its_task.input_shape,
-        n_classes=its_task.n_classes,
-        inputs=measurement.preprocessing(its_task),
+        input_shape=task.input_shape,
+        n_classes=task.n_classes,
+        inputs=measurement.preprocessing(task),
         baseline=baseline,
         history=(report,),
     )
-    if is_main():
-        with files.new_directory(out) as draft:
-            package.save(trained, draft)
-    if checkpoint:
-        checkpoint.delete()
-    return report
 
 
 def retrain(
