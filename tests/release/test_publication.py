@@ -20,6 +20,7 @@ from tuf.ngclient import Updater
 
 from filterpress.errors import ReleaseError
 from filterpress.release import fetch, latest, publish
+from filterpress.release.names import MAX_METADATA
 
 TARGET = "models/demo/0123456789abcdef/model.fpk"
 FILE = bytes(range(256)) * 40
@@ -234,6 +235,16 @@ def test_any_json_without_fractions_survives_signing(custom, tmp_path_factory, k
     publish(b"", target="models/m/1/file", custom=custom, store=store, keys=keys)
     ours = {"hardware_ids": ["any"], "release_counter": 1}
     assert latest(store, root=root).custom == {**custom, **ours}
+
+
+def test_a_list_that_no_vehicle_would_read_is_not_written(store, keys, root):
+    where = {"store": store, "keys": keys}
+    made = publish(FILE, target=TARGET, custom={}, **where)
+    long = {"note": "x" * MAX_METADATA}
+    with pytest.raises(ReleaseError, match=r"the list of release would have \d+ bytes, and a vehi"):
+        publish(b"two", target="models/demo/2/file", custom=long, **where)
+    assert latest(store, root=root) == dataclasses.replace(made, created=False)
+    assert publish(b"two", target="models/demo/2/file", custom={}, **where).created
 
 
 def test_what_was_never_published_cannot_be_fetched(store, keys, root):

@@ -9,6 +9,7 @@ from tuf.api.metadata import TargetFile
 ANY = "any"  # hardware
 SCHEMA = 1  # of a channel
 MAX_CHANNEL = 2**20  # bytes of one
+MAX_METADATA = 2_000_000  # bytes of one file of it, whatever length is signed
 COUNTER, HARDWARE = "release_counter", "hardware_ids"  # signed about a release
 ISSUED = "x-issued"  # signed in a timestamp, in seconds since 1970
 DEVELOPMENT = "x-filterpress-development"  # signed in a root whose keys anybody may hold

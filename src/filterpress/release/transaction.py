@@ -24,7 +24,7 @@ from filterpress.buckets import is_emulated
 from filterpress.errors import ReleaseError
 from filterpress.release.cluster import turn
 from filterpress.release.keys import LIFE, Keys, load_keys
-from filterpress.release.names import ISSUED, payload_name
+from filterpress.release.names import ISSUED, MAX_METADATA, payload_name
 from filterpress.release.store import ConflictError, DirectoryStore, Store, open_store
 from filterpress.release.trust import (
     DELEGATED,
@@ -320,7 +320,13 @@ def _signed(role: str, part: Part, state: State, keys: Keys) -> bytes:
             raise ReleaseError(f"the key of {role} did not sign: {reason}") from error
     # Never upload what a reader will refuse.
     by.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-    return metadata.to_bytes(JSONSerializer(compact=True))
+    data = metadata.to_bytes(JSONSerializer(compact=True))
+    if len(data) > MAX_METADATA:
+        raise ReleaseError(
+            f"the list of {role} would have {len(data)} bytes, and a vehicle reads {MAX_METADATA}: "
+            "begin another store, or sign less about each file"
+        )
+    return data
 
 
 def signed_by(role: str, state: State) -> Root | Targets:

@@ -16,6 +16,7 @@ from tuf.api.metadata import MetaFile
 
 from filterpress.errors import ReleaseError
 from filterpress.release.device.vehicle import Outcome, RefusedError
+from filterpress.release.names import MAX_METADATA
 from tests.release.device import misbehaviour
 from tests.release.device.fleet import CHANNEL_FILE, V1, V2, V3, clock, digest, expiry
 
@@ -228,6 +229,11 @@ def test_endless_data(store, server, stays, part):
     store.publish(V2)
     server.faults[part] = misbehaviour.never_ends
     stays("exceeding|longer than was signed")
+
+
+def test_a_list_that_is_too_long_whatever_length_is_signed(store, stays):
+    store.publish(V2, custom={"note": "x" * MAX_METADATA})
+    stays(f"2.release.json: a body exceeding {MAX_METADATA} bytes")
 
 
 def test_a_gzip_bomb(store, server, stays):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tuf.api.exceptions import DownloadError, LengthOrHashMismatchError, RepositoryError
 from tuf.api.metadata import TargetFile
-from tuf.ngclient import UpdaterConfig
 
 from filterpress import files
 from filterpress.errors import BitstreamError, ReleaseError
@@ -87,7 +86,6 @@ def open_client(home: Path, source: Source, limits: Limits) -> DurableUpdater:
         str(home / "metadata"),
         "metadata/",
         fetcher=MetadataFetcher(source, limits),
-        config=UpdaterConfig(targets_max_length=2_000_000, snapshot_max_length=500_000),
         bootstrap=root,
     )
 

@@ -29,6 +29,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.response import HTTPResponse
 
 from filterpress.errors import ReleaseError
+from filterpress.release.names import MAX_METADATA
 
 _CHUNK = 2**16
 _RANGE = re.compile(r"bytes (\d+)-")
@@ -272,11 +273,11 @@ class MetadataFetcher(FetcherInterface):
 
         The base class goes by way of a temporary file; not every vehicle has a place for those.
         """
-        data = b""
+        most, data = min(max_length, MAX_METADATA), b""
         for chunk in self.fetch(url):
             data += chunk
-            if len(data) > max_length:
-                raise DownloadLengthMismatchError(f"{url}: a body exceeding {max_length} bytes")
+            if len(data) > most:
+                raise DownloadLengthMismatchError(f"{url}: a body exceeding {most} bytes")
         return data
 
 
