@@ -14,8 +14,8 @@ from tuf.api.metadata import TargetFile
 from filterpress import files
 from filterpress.errors import ReleaseError
 from filterpress.release.channel import STABLE, Json, parse, path_of
+from filterpress.release.listing import counter_of
 from filterpress.release.names import ANY, COUNTER, HARDWARE
-from filterpress.release.repository import counter_of
 from filterpress.release.store import Store, open_store
 from filterpress.release.trust import RELEASE, ROLLOUT, Reader, open_reader, reported, trusted_root
 

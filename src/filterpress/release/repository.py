@@ -12,29 +12,23 @@ Reference:
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import TargetFile
 
-from filterpress.codec import make_delta
 from filterpress.codec.graph import to_onnx
-from filterpress.errors import BitstreamError, ReleaseError
+from filterpress.errors import ReleaseError
+from filterpress.release.listing import add_release, counter_of, deltas_to, small_delta
 from filterpress.release.names import ANY, COUNTER, HARDWARE, MODEL, is_segment
 from filterpress.release.store import open_store
 from filterpress.release.transaction import Draft, transact
 from filterpress.release.trust import RELEASE, open_reader, reported
 
-_log = logging.getLogger(__name__)
-
-OLD_DIGEST = "from_sha256"
 _OURS = (COUNTER, HARDWARE)
-_MAX_DELTA = 0.7  # of the bytes of the whole file: a vehicle may have to fetch both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +114,8 @@ def publish(
         listed = draft.listed(RELEASE).get(target)
         new = listed is None
         if listed is None:
-            signed = {**custom, HARDWARE: list(hardware), COUNTER: next_counter(draft)}
-            listed = draft.add(RELEASE, target, file, signed)
-            add_deltas(draft, listed, file, n_deltas, change)
+            signed = {**custom, HARDWARE: list(hardware)}
+            listed = add_release(draft, target, file, signed, n_deltas, change)
         elif TargetFile.from_data(target, file, ["sha256"]).hashes != listed.hashes:
             raise ReleaseError(
                 f"{target} is released already with sha256 {listed.hashes['sha256']}: "
@@ -244,76 +237,6 @@ def latest(store: str, *, root: bytes) -> Release:
     return _release(store, listed, max(listed.values(), key=counter_of), created=False)
 
 
-def next_counter(draft: Draft) -> int:
-    """Return the counter of the next release of a store."""
-    return 1 + max(map(counter_of, draft.listed(RELEASE).values()), default=0)
-
-
-def counter_of(info: TargetFile) -> int:
-    """Return the counter of a release; 0 for a delta, which is none."""
-    return int((info.custom or {}).get(COUNTER, 0))
-
-
-def add_deltas(
-    draft: Draft,
-    new: TargetFile,
-    file: bytes,
-    count: int,
-    change: Callable[[bytes, bytes], bytes | None],
-) -> None:
-    """Add deltas that make a file from the last other ones of its name, where they pay.
-
-    Args:
-        draft: Holds the releases.
-        new: What is signed about the file.
-        file: Its bytes.
-        count: How many earlier files to start from.
-        change: Makes a delta of two files, or None where it does not pay.
-    """
-    listed = draft.listed(RELEASE)
-    others: dict[str, TargetFile] = {}
-    for info in sorted(listed.values(), key=counter_of, reverse=True):
-        if counter_of(info) and _name(info) == _name(new) and info.hashes != new.hashes:
-            others.setdefault(info.hashes["sha256"], info)
-    for digest, old in list(others.items())[:count]:
-        path = f"{model_folder(new)}/from-{digest[:16]}.fpd"
-        if path in listed:
-            continue
-        try:
-            before = draft.read(old)
-        except (ReleaseError, RepositoryError) as error:
-            # What is lost of an old release must not keep a new one back.
-            _log.warning("no delta from release %d: %s", counter_of(old), error)
-            continue
-        if (delta := change(before, file)) is not None:
-            draft.add(RELEASE, path, delta, {OLD_DIGEST: digest})
-
-
-def deltas_to(listed: Mapping[str, TargetFile], info: TargetFile) -> dict[str, TargetFile]:
-    """Return the deltas that make a file, by the digest of the file they start from."""
-    folder = model_folder(info)
-    return {
-        delta.custom[OLD_DIGEST]: delta
-        for path, delta in listed.items()
-        if delta.custom and OLD_DIGEST in delta.custom and path.rpartition("/")[0] == folder
-    }
-
-
-def model_folder(info: TargetFile) -> str:
-    """Return the folder of the deltas of a file: that of its name and digest."""
-    return f"{_name(info)}/{info.hashes['sha256'][:16]}"
-
-
-def small_delta(old: bytes, new: bytes) -> bytes | None:
-    """Make the delta between two files, if it is much smaller than the new one."""
-    try:
-        delta = make_delta(old, new)
-    except BitstreamError as error:
-        _log.info("no delta: %s", error)
-        return None
-    return delta if len(delta) < _MAX_DELTA * len(new) else None
-
-
 def check_target(target: str) -> None:
     """Refuse a path under which nothing can be released.
 
@@ -348,11 +271,6 @@ def _check_hardware(hardware: Sequence[str]) -> None:
             "hardware must be names of letters, digits, '.', '_' and '-' that do not start with "
             f"'.', got {hardware!r}"
         )
-
-
-def _name(info: TargetFile) -> str:
-    """Return the first two parts of a path: what all releases of one network share."""
-    return "/".join(info.path.split("/")[:2])
 
 
 def _release(

@@ -34,15 +34,15 @@ from filterpress.release.channel import (
     terms,
 )
 from filterpress.release.cluster import mirror
-from filterpress.release.names import ANY, COUNTER, HARDWARE, MAX_CHANNEL, SCHEMA
-from filterpress.release.repository import (
-    add_deltas,
+from filterpress.release.listing import (
+    add_release,
     counter_of,
     deltas_to,
     model_folder,
     next_counter,
     small_delta,
 )
+from filterpress.release.names import ANY, COUNTER, HARDWARE, MAX_CHANNEL, SCHEMA
 from filterpress.release.store import open_store
 from filterpress.release.transaction import Draft, transact
 from filterpress.release.trust import RELEASE, ROLLOUT, open_reader, reported
@@ -246,10 +246,9 @@ def recall(
         _check_made_for(old, hardware)
         if before["sha256"] == old.hashes["sha256"]:
             return _told(draft, "Recall", path, before, changed=False)
-        counter, file = next_counter(draft), draft.read(old)
-        target = f"{model_folder(old)}-{counter}/{Path(old.path).name}"
-        new = draft.add(RELEASE, target, file, {**(old.custom or {}), COUNTER: counter})
-        add_deltas(draft, new, file, n_deltas, change)
+        file = draft.read(old)
+        target = f"{model_folder(old)}-{next_counter(draft)}/{Path(old.path).name}"
+        new = add_release(draft, target, file, old.custom or {}, n_deltas, change)
         rollout = {**before["rollout"], "percent_bp": percent_bp, "not_before": "", "halted": False}
         health = _health(replace(_check_of(before), **bounds))
         names = before | {"run": f"recall to release {to}"}

@@ -99,6 +99,11 @@ class Draft:
         self._changed.add(role)
         return info
 
+    def drop(self, role: str, path: str) -> None:
+        """List a file no longer; it stays in the store."""
+        del self.state.delegated[role].targets[path]
+        self._changed.add(role)
+
     def read(self, info: TargetFile) -> bytes:
         """Return the bytes of a listed file.
 
