@@ -164,9 +164,10 @@ def arithmetic(points: Sequence[Json], updates: Json) -> str:
     poll, delta, full = (
         updates[name] for name in ("poll without news", "update by delta", "update in full")
     )
-    first, last = points[0], points[-1]
-    grown = last["metadata"]["release"] - first["metadata"]["release"]
-    entry = grown / (last["releases"] - first["releases"])
+    before, last = points[-2:]
+    n_bytes = last["metadata"]["release"]
+    entry = (n_bytes - before["metadata"]["release"]) / (last["releases"] - before["releases"])
+    rest = n_bytes - entry * last["releases"]
     v, r, b, d, f = VEHICLES, poll["requests"], poll["received"], delta["bodies"], full["bodies"]
     by_delta = f"{delta['payload']:,} + {delta['over_payload']:,}"
     in_full = f"{full['payload']:,} + {full['over_payload']:,}"
@@ -201,15 +202,15 @@ def arithmetic(points: Sequence[Json], updates: Json) -> str:
         ],
         [
             "list of N releases",
-            "N e",
-            f"N {entry:.0f}",
-            f"as much as the delta at N = {delta['payload'] / entry:.0f}",
+            "c + N e",
+            f"{rest:,.0f} + N {entry:.0f}",
+            f"as much as the delta at N = {(delta['payload'] - rest) / entry:.0f}",
         ],
         [
             "lists, in the release after a year of weekly ones",
-            "52 e V",
-            f"52 * {entry:.0f} V",
-            f"{52 * entry * v / 1e9:.0f} GB",
+            "V (c + 52 e)",
+            f"V ({rest:,.0f} + 52 * {entry:.0f})",
+            f"{v * (rest + 52 * entry) / 1e9:.0f} GB",
         ],
     ]
     return table(["what", "formula", "numbers", "result"], rows, "---")
