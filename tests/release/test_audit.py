@@ -13,6 +13,7 @@ import pytest
 
 from filterpress.errors import ReleaseError
 from filterpress.release import audit, fetch, publish, rollout
+from filterpress.release.store import DirectoryStore
 from filterpress.release.transaction import transact
 from tests.release.encoded import network, weight
 from tests.release.test_attacks import resign
@@ -63,6 +64,20 @@ def test_a_sound_store_is_listed_without_problems(store, keys, root):
         "not_before": "",
         "halted": False,
     }
+
+
+def test_every_file_is_read_once(filled, root, monkeypatch, contents):
+    read = []
+
+    class Counted(DirectoryStore):
+        def read(self, name):
+            read.append(name)
+            return super().read(name)
+
+    monkeypatch.setattr(audit, "open_store", lambda store: Counted(Path(store)))
+    assert audit.verify(str(filled), root=root)["problems"] == []
+    payloads = [name for name in contents(filled) if name.startswith("targets/")]
+    assert sorted(name for name in read if name.startswith("targets/")) == sorted(payloads)
 
 
 def test_a_file_that_is_lost_or_altered_is_a_problem_of_its_own(copied, root):

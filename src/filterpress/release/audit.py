@@ -40,15 +40,15 @@ def verify(store: str, *, root: bytes) -> Json:
     with reported(store), open_reader(open_store(store), root) as reader:
         releases, channels = reader.list(RELEASE), reader.list(ROLLOUT)
         rows = [_release_row(info) for info in sorted(releases.values(), key=counter_of)]
-        problems = [line for info in releases.values() for line in _problems(reader, info)]
-        found = []
-        for path, info in sorted(channels.items()):
-            damage = _problems(reader, info)
-            problems += damage
-            if damage:
-                continue
+        problems, found = [], []
+        for info in releases.values():
             try:
-                content = parse(path, reader.read(info))
+                _read(reader, info)
+            except ReleaseError as error:
+                problems.append(str(error))
+        for path, info in sorted(channels.items()):
+            try:
+                content = parse(path, _read(reader, info))
             except ReleaseError as error:
                 problems.append(str(error))
                 continue
@@ -175,14 +175,13 @@ def _channel_row(path: str, content: Json) -> Json:
     }
 
 
-def _problems(reader: Reader, info: TargetFile) -> list[str]:
+def _read(reader: Reader, info: TargetFile) -> bytes:
     try:
-        reader.read(info)
-    except ReleaseError:
-        return [f"{info.path} is lost"]
-    except RepositoryError:
-        return [f"{info.path} is altered"]
-    return []
+        return reader.read(info)
+    except ReleaseError as error:
+        raise ReleaseError(f"{info.path} is lost") from error
+    except RepositoryError as error:
+        raise ReleaseError(f"{info.path} is altered") from error
 
 
 def _channel_problems(path: str, content: Json, releases: dict[str, TargetFile]) -> list[str]:
