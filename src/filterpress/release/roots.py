@@ -101,7 +101,7 @@ def publish(folder: Path, *, store: str, keys: Path) -> Json:
         for role in uncovered:
             draft.sign_again(role)
         draft.renew()
-        check_keys(draft, signing)
+        check_keys(state, draft.due(signing)[0], signing)
         create_or_refuse(opened, f"metadata/{coming.version}.targets.json", targets)
         _upload_roots(opened, folder, signing)
         commit(opened, draft, signing, targets if fresh else None)

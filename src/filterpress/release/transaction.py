@@ -129,17 +129,14 @@ class Draft:
         """Sign what a role signs anew though nothing in it changed."""
         self._changed.add(role)
 
-    def due(self, keys: Keys) -> set[str]:
-        """Say which roles must be signed anew, less those of whom no key is at hand."""
-        return self._changed | self._ending() - self.left_to_others(keys)
+    def due(self, keys: Keys) -> tuple[set[str], set[str]]:
+        """Say which roles must be signed anew: with these keys, and by somebody else.
 
-    def left_to_others(self, keys: Keys) -> set[str]:
-        """Say which roles somebody else must sign anew: their time ends, and their keys are his."""
-        return {
-            role
-            for role in self._ending() - self._changed
-            if not keys.can_sign(role, signed_by(role, self.state))
-        }
+        The latter did not change, but their time ends, and their keys are not at hand.
+        """
+        ending = self._ending() - self._changed
+        others = {role for role in ending if not keys.can_sign(role, signed_by(role, self.state))}
+        return self._changed | ending - others, others
 
     def is_stale(self) -> bool:
         """Say whether there is anything to sign though no list of files changed."""
@@ -245,11 +242,11 @@ def commit(store: Store, draft: Draft, keys: Keys, new_targets: bytes | None = N
         ReleaseError: The store cannot be written, or no key is at hand.
         RepositoryError: There are too few keys for a role.
     """
-    state, due = draft.state, draft.due(keys)
+    state, (due, others) = draft.state, draft.due(keys)
     if not (due or new_targets or draft.is_stale()):
         return
-    check_keys(draft, keys)
-    for role in sorted(draft.left_to_others(keys)):
+    check_keys(state, due, keys)
+    for role in sorted(others):
         _log.warning("%s is due, and %s has no key to sign it: others must", role, keys.folder)
     if state.generation == 0 and new_targets is None:
         create_or_refuse(store, f"metadata/{state.root.version}.root.json", keys.root)
@@ -274,14 +271,19 @@ def commit(store: Store, draft: Draft, keys: Keys, new_targets: bytes | None = N
     store.replace(TIMESTAMP, signed, state.generation)
 
 
-def check_keys(draft: Draft, keys: Keys) -> None:
+def check_keys(state: State, due: set[str], keys: Keys) -> None:
     """Refuse to begin what cannot be signed to the end.
+
+    Args:
+        state: Says whose keys a role has.
+        due: Roles to sign, beside snapshot and timestamp.
+        keys: What is at hand.
 
     Raises:
         ReleaseError: There are too few keys at hand.
     """
-    for role in sorted({*draft.due(keys), Snapshot.type, Timestamp.type}):
-        by = signed_by(role, draft.state)
+    for role in sorted({*due, Snapshot.type, Timestamp.type}):
+        by = signed_by(role, state)
         n_keys, threshold = len(keys.signers(role, by)), by.get_delegated_role(role).threshold
         if n_keys < threshold:
             raise ReleaseError(
