@@ -1,7 +1,8 @@
 """Lint of a compiled pipeline: the subset of KFP that runs alike on one machine and on a cluster.
 
 Each rule is a function from the specification to its findings, and its docstring says what goes
-wrong without it. A specification is the parsed IR: the first document of the compiled file.
+wrong without it. A specification is the parsed IR: the first document of the compiled file, with
+``platforms`` of the second.
 """
 
 import json
@@ -36,9 +37,14 @@ def check(file: Path, *, pinned: bool = False) -> None:
     Raises:
         FilterpressError: With all findings.
     """
-    spec = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    if findings := lint(spec, pinned=pinned):
+    if findings := lint(read(file), pinned=pinned):
         raise FilterpressError(f"{file}: " + "; ".join(findings))
+
+
+def read(file: Path) -> Spec:
+    """Read both documents of a compiled file as one specification."""
+    documents = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    return {key: value for document in documents for key, value in document.items()}
 
 
 def lint(spec: Spec, *, pinned: bool = False) -> list[str]:
@@ -148,10 +154,11 @@ def no_ignored_failures(spec: Spec) -> Iterator[str]:
 
 
 def no_display_names(spec: Spec) -> Iterator[str]:
-    """L10: backends before 2.14 look for a step's outputs under its display name."""
+    """L10: before 2.14 a step's outputs, before 2.17 a loop's, are looked up by display name."""
     for _, name, task, _ in _tasks(spec):
-        if not is_group(name) and task.get("taskInfo", {}).get("name", name) != name:
-            yield f"L10 {name}: set_display_name"
+        looked_up = not is_group(name) or "parameterIterator" in task
+        if looked_up and task.get("taskInfo", {}).get("name", name) != name:
+            yield f"L10 {name}: a display name"
 
 
 def amounts_have_defaults(spec: Spec) -> Iterator[str]:
@@ -169,6 +176,35 @@ def amounts_have_defaults(spec: Spec) -> Iterator[str]:
             yield f"L11 {name}: default {default!r} for {kind}"
 
 
+def inputs_are_handed_down(spec: Spec) -> Iterator[str]:
+    """L12: a cluster takes a step's inputs from its group alone, which KFP hands no amounts to."""
+    components = _components(spec)
+    executors = spec.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {})
+    for component, name, task, _ in _tasks(spec):
+        defined = components[component].get("inputDefinitions", {})
+        label = components[task["componentRef"]["name"]].get("executorLabel")
+        settings = executors.get("executors", {}).get(label, {})
+        for source in (*_given(task.get("inputs", {})), *_given(settings)):
+            known = {**defined.get("parameters", {}), **defined.get("artifacts", {})}
+            if source not in known:
+                yield f"L12 {name}: {component} has no input {source!r}"
+
+
+def equal_containers_are_of_one_component(spec: Spec) -> Iterator[str]:
+    """L13: a cluster keeps one definition of inputs and outputs for all equal containers."""
+    first: dict[str, tuple[str, Spec]] = {}
+    for name, component in _components(spec).items():
+        label = component.get("executorLabel", "")
+        container = spec["deploymentSpec"]["executors"].get(label, {}).get("container")
+        if container is None:
+            continue
+        defined = {side: component.get(side) for side in ("inputDefinitions", "outputDefinitions")}
+        key = json.dumps(container, sort_keys=True)
+        other, known = first.setdefault(key, (name, defined))
+        if defined != known:
+            yield f"L13 {name}: the same container as {other}, but other inputs or outputs"
+
+
 RULES = [
     conditions_use_output,
     conditions_have_no_numbers,
@@ -180,6 +216,8 @@ RULES = [
     no_ignored_failures,
     no_display_names,
     amounts_have_defaults,
+    inputs_are_handed_down,
+    equal_containers_are_of_one_component,
 ]
 
 
@@ -217,6 +255,17 @@ def _condition_sources(task: Spec) -> Iterator[Spec]:
     for parameter in _PARAMETER.findall(_condition(task)):
         if "taskOutputParameter" in inputs.get(parameter, {}):
             yield inputs[parameter]["taskOutputParameter"]
+
+
+def _given(part: Any) -> Iterator[str]:
+    """Name the inputs of the enclosing pipeline that a part of the specification reads."""
+    below = list(part.values()) if isinstance(part, dict) else part
+    for key in ("componentInputParameter", "componentInputArtifact"):
+        if isinstance(part, dict) and key in part:
+            yield part[key]
+    if isinstance(below, list):
+        for value in below:
+            yield from _given(value)
 
 
 def _sources(task: Spec) -> set[str]:

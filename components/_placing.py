@@ -93,11 +93,15 @@ def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:
     task.set_cpu_request(given["cpu"])
     task.set_memory_request(given["memory"])
     task.set_memory_limit(given["memory"])
+    asked = ["cpu", "memory"]
     if task.name.startswith(_TRAIN):
+        asked += ["accelerator", "accelerators"]
         task.set_accelerator_type(given["accelerator"])
         task.set_accelerator_limit(given["accelerators"])
         kubernetes.add_node_selector_json(task, given["node_selector"])
         kubernetes.add_toleration_json(task, given["tolerations"])
+    # Else KFP would not hand amounts on to the conditions and the exit handler that the task is in.
+    task.channel_inputs.extend(given[name] for name in asked)
 
 
 def check_amounts(given: Mapping[str, Any]) -> None:

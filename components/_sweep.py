@@ -107,7 +107,7 @@ def build_sweep(
         checked = call(check, given, **unused, **bounds, channel="", percent=100.0)
         given["trained"] = call(train, given, config=train_config).after(checked).outputs["trained"]
         pruned = call(prune, given, model=given["trained"], config=prune_config)
-        with dsl.ParallelFor(sizes, parallelism=policy.parallel, name="sizes") as size:
+        with dsl.ParallelFor(sizes, parallelism=policy.parallel) as size:
             given["max_size"] = size
             start = {"model": pruned.outputs["pruned"], "state": "too-big"}
             smaller = call(one_round, given, **start)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
-from kfp import compiler, dsl
+from kfp import compiler, dsl, kubernetes
 
-from components._lint import RULES, check, images_are_pinned, lint
+from components._lint import RULES, check, images_are_pinned, lint, read
 from filterpress.errors import FilterpressError
 
 
@@ -199,10 +198,54 @@ def display_name():
     return bad
 
 
+def name_of_a_loop():
+    @dsl.pipeline(name="bad")
+    def bad():
+        with dsl.ParallelFor(["a", "b"], name="letters") as letter:
+            decide(flag=letter)
+
+    return bad
+
+
+def amount_inside_of_a_condition():
+    @dsl.pipeline(name="bad")
+    def bad(flag: str = "a", memory: str = "4Gi"):
+        with dsl.If(flag == "a"):
+            decide().set_memory_limit(memory)
+
+    return bad
+
+
+def labels_inside_of_a_condition():
+    @dsl.pipeline(name="bad")
+    def bad(flag: str = "a", labels: dict = {}):  # noqa: B006
+        with dsl.If(flag == "a"):
+            kubernetes.add_node_selector_json(decide(), labels)
+
+    return bad
+
+
+def equal_containers():
+    @dsl.container_component
+    def letter(flag: str = "a"):
+        return dsl.ContainerSpec(image="python:3.11", command=["true"])
+
+    @dsl.container_component
+    def number(count: int):
+        return dsl.ContainerSpec(image="python:3.11", command=["true"])
+
+    @dsl.pipeline(name="bad")
+    def bad():
+        letter()
+        number(count=1)
+
+    return bad
+
+
 def spec_of(make_pipeline: Callable, folder):
     path = folder / "pipeline.yaml"
     compiler.Compiler().compile(make_pipeline(), str(path))
-    return next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    return read(path)
 
 
 BAD = {
@@ -217,6 +260,9 @@ BAD = {
     importer: "L8",
     ignored_failure: "L9",
     display_name: "L10",
+    name_of_a_loop: "L10",
+    amount_inside_of_a_condition: "L12",
+    equal_containers: "L13",
     amount_without_default: "L11",
     amount_that_is_none: "L11",
 }
@@ -245,6 +291,15 @@ def test_an_artifact_iterator_is_refused(tmp_path):
     assert [finding.split()[0] for finding in lint(spec)] == ["L8"]
 
 
+def test_settings_whose_parameters_a_group_does_not_have_are_refused(tmp_path):
+    spec = spec_of(labels_inside_of_a_condition, tmp_path)
+    assert lint(spec) == []
+    del spec["components"]["comp-condition-1"]["inputDefinitions"]["parameters"][
+        "pipelinechannel--labels"
+    ]
+    assert [finding.split()[0] for finding in lint(spec)] == ["L12"]
+
+
 def test_every_rule_is_tried_by_a_pipeline_that_breaks_it():
     numbers = {rule.__doc__.split(":")[0] for rule in [*RULES, images_are_pinned]}
     assert numbers == {*BAD.values(), "L6"}
@@ -253,7 +308,7 @@ def test_every_rule_is_tried_by_a_pipeline_that_breaks_it():
 def test_a_refusal_names_the_file_and_every_finding(tmp_path):
     path = tmp_path / "pipeline.yaml"
     compiler.Compiler().compile(display_name(), str(path))
-    with pytest.raises(FilterpressError, match=r"pipeline\.yaml: L10 decide: set_display_name"):
+    with pytest.raises(FilterpressError, match=r"pipeline\.yaml: L10 decide: a display name"):
         check(path)
 
 
