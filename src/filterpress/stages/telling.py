@@ -22,6 +22,7 @@ _OF_A_POINT = (
     *("baseline_bytes", "baseline_accuracy", "min_accuracy", "decision", "retrains"),
     "sha256",
 )
+_SUCCEEDED = ("SUCCEEDED", "COMPLETE")
 _FACTS = {
     "Target": "target",
     "Release counter": "release_counter",
@@ -41,7 +42,9 @@ def report(place: str, html: Path, *, state: str, error: str | None = None) -> R
     Args:
         place: Address of the page in Kubeflow's object store, ``…/<run>/report/…``, or a path.
         html: File to write.
-        state: How the steps ended: SUCCEEDED, FAILED or CANCELLED.
+        state: How the steps ended, as Kubeflow has it: SUCCEEDED on one machine; COMPLETE, FAILED
+            or RUNNING on a cluster, where it lags behind and may stay at RUNNING for good. A
+            release that was left counts for more.
         error: What Kubeflow says of the failure, if it says anything.
 
     Returns:
@@ -54,10 +57,10 @@ def report(place: str, html: Path, *, state: str, error: str | None = None) -> R
         model = _newest(scratch, f"release/{STORY}" if release else "model.json")
     except (FilterpressError, ValueError) as unreadable:
         log.warning("%s", unreadable)
-        model, release = {}, {}
+        model, release = None, {}
         told = f"{told} The steps left their pages in {run}, which cannot be read here.".strip()
     end = End(_verdict(state, told, model, release), bool(release), _facts(release))
-    files.write(html, reporting.render(model, end).encode())
+    files.write(html, reporting.render(model or {}, end).encode())
     log.info("%s", end.verdict)
     return {"stage": "report", "state": state, "verdict": end.verdict}
 
@@ -115,13 +118,14 @@ def _newest(scratch: Scratch, ending: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _verdict(state: str, error: str, model: Report, release: Report) -> str:
+def _verdict(state: str, error: str, model: Report | None, release: Report) -> str:
     """Say how a run ended; only what gave up is put down to its numbers."""
-    after = {"FAILED": " The run failed after that.", "CANCELLED": " It was cancelled after that."}
     if release:
-        return reporting.published(release) + after.get(state, "")
-    if state == "SUCCEEDED":
+        return reporting.published(release)
+    if state in _SUCCEEDED:
         return f"Published. {error}".strip()
+    if model is None:  # then a state is all there is, and one that lags behind
+        return f"Whether it published is not known here: the steps are said to be {state}. {error}"
     last = (model.get("history") or [{}])[-1]
     ended, more = "Failed", " The log of the step that failed says more."
     if state == "CANCELLED":
