@@ -11,18 +11,13 @@ from components._lint import RULES, check, images_are_pinned, lint, read
 from filterpress.errors import FilterpressError
 
 
-class Two(NamedTuple):
-    word: str
-    number: float
-
-
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
 def decide(flag: str = "") -> str:
     return flag
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
-def decide_two() -> Two:
+def decide_two() -> NamedTuple("Two", [("word", str), ("number", float)]):
     return ("a", 1.0)
 
 
@@ -227,7 +222,7 @@ def labels_inside_of_a_condition():
 
 def equal_containers():
     @dsl.container_component
-    def letter(flag: str = "a"):
+    def letter(flag: str):
         return dsl.ContainerSpec(image="python:3.11", command=["true"])
 
     @dsl.container_component
@@ -236,7 +231,7 @@ def equal_containers():
 
     @dsl.pipeline(name="bad")
     def bad():
-        letter()
+        letter(flag="a")
         number(count=1)
 
     return bad
