@@ -154,7 +154,7 @@ def no_ignored_failures(spec: Spec) -> Iterator[str]:
 
 
 def no_display_names(spec: Spec) -> Iterator[str]:
-    """L10: before 2.14 a step's outputs, before 2.17 a loop's, are looked up by display name."""
+    """L10: before 2.14 a step's outputs, before 2.16 a loop's, are looked up by display name."""
     for _, name, task, _ in _tasks(spec):
         looked_up = not is_group(name) or "parameterIterator" in task
         if looked_up and task.get("taskInfo", {}).get("name", name) != name:

@@ -89,7 +89,9 @@ def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:
     if task.name.startswith(_LIGHT):
         return
     if policy.tries > 1:
-        task.set_retry(policy.tries - 1, backoff_duration="30s", backoff_factor=2)
+        # Argo tries nothing again that began longer ago than the last of these, else an hour.
+        longest = f"{policy.tries * (policy.hours + 1)}h"
+        task.set_retry(policy.tries - 1, "30s", backoff_factor=2, backoff_max_duration=longest)
     task.set_cpu_request(given["cpu"])
     task.set_memory_request(given["memory"])
     task.set_memory_limit(given["memory"])

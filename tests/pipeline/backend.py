@@ -69,7 +69,7 @@ class Backend:
     """
 
     def __init__(self, spec: Spec, version: str = "2.17", backwards: bool = False):
-        self.spec, self.is_new, self.backwards = spec, version == "2.17", backwards
+        self.spec, self.version, self.backwards = spec, version, backwards
         self.executors = self.spec["deploymentSpec"]["executors"]
         kubernetes = spec.get("platforms", {}).get("kubernetes", {})
         self.settings = kubernetes.get("deploymentSpec", {}).get("executors", {})
@@ -85,7 +85,7 @@ class Backend:
                 raises `StepError` or `KilledError`.
             parameters: Of the run; the others have their defaults.
         """
-        self.outcome, self.store, self.told = outcome, Metadata(self.is_new), Run()
+        self.outcome, self.store, self.told = outcome, Metadata(self.version), Run()
         self.told.executions = self.store.executions
         defined = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
         given = {k: v["defaultValue"] for k, v in defined.items() if "defaultValue" in v}
@@ -144,8 +144,8 @@ class Backend:
         """
         component = self.components[task["componentRef"]["name"]]
         is_loop = "parameterIterator" in task
-        # before 2.17 drivers of loops know their task by its display name alone
-        known = task["taskInfo"]["name"] if is_loop and not self.is_new else name
+        # before 2.16 drivers of loops know their task by its display name alone
+        known = task["taskInfo"]["name"] if is_loop and self.version < "2.16" else name
         try:
             if "artifactIterator" in task:
                 raise DriverError("artifact iterator not implemented yet")

@@ -60,11 +60,11 @@ class Metadata:
     """The executions of one run.
 
     Args:
-        is_new: Whether the backend is 2.17.
+        version: Of the backend.
     """
 
-    def __init__(self, is_new: bool):
-        self.is_new = is_new
+    def __init__(self, version: str):
+        self.is_new = version >= "2.17"
         self.executions: list[Execution] = []
 
     def create(

@@ -10,11 +10,12 @@ from kfp import compiler, dsl, local
 
 import pipeline as module
 from components._lint import lint, read
+from components._placing import Policy
 from tests.pipeline import test_lint as broken
 from tests.pipeline.backend import Backend, KilledError, StepError
 from tests.pipeline.metadata import DriverError
 
-VERSIONS = ["2.14", "2.15", "2.16", "2.17"]
+VERSIONS = ["2.14", "2.16", "2.17"]  # 2.15 does all of this as 2.14 does
 DECISIONS = ["publish", "retrain", "next", "give-up", "too-big"]
 LEAVES = ("publish", "give-up")
 SIZES = ["10x", "20x", "40x"]
@@ -71,7 +72,7 @@ def did(run):
 @pytest.mark.parametrize("bounds", [{}, {"rounds": 2, "retrains": 0}], ids=["usual", "no retrains"])
 def test_whatever_is_decided_a_run_ends_in_one_leaf_and_is_reported(bounds, version, backwards):
     cluster = Backend(compiled(**bounds), version, backwards)
-    for decisions in itertools.product(DECISIONS, repeat=4):
+    for decisions in itertools.product(DECISIONS, repeat=3):
         run = cluster.run(deciding(*decisions))
         assert run.errors == []
         (leaf,) = [name for name in did(run) if name in LEAVES]
@@ -79,12 +80,8 @@ def test_whatever_is_decided_a_run_ends_in_one_leaf_and_is_reported(bounds, vers
         assert run.status == ("Succeeded" if leaf == "publish" else "Failed")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_committed_pipeline_is_the_one_that_is_tried_here(version):
-    committed = read(module.COMPILED)
-    run = Backend(committed, version).run(deciding("retrain", "publish"))
-    assert run.status == "Succeeded"
-    assert committed == compiled()
+def test_the_committed_pipeline_is_the_one_that_is_tried_here():
+    assert read(module.COMPILED) == compiled()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -174,6 +171,23 @@ def test_a_step_that_does_not_end_well_is_tried_three_times(end, version):
     run = Backend(compiled(), version).run(deciding("publish", prune=end))
     assert [function(step) for step in run.started] == ["check", "train", *["prune"] * 3, "report"]
     assert run.status == "Failed"
+
+
+@pytest.mark.parametrize("bounds", [{}, {"tries": 2, "hours": 100}])
+def test_a_step_that_fails_late_is_tried_again_all_the_same(bounds):
+    # workflow/controller/operator.go of Argo: not longer than this after the first try began
+    spec = compiled(policy=Policy(**bounds))
+    policies = [
+        task["retryPolicy"]
+        for component in spec["components"].values()
+        for task in component.get("dag", {}).get("tasks", {}).values()
+        if "retryPolicy" in task
+    ]
+    settings = spec["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    (deadline,) = {int(setting["activeDeadlineSeconds"]) for setting in settings}
+    assert policies
+    for policy in policies:
+        assert int(policy["backoffMaxDuration"][:-1]) > (policy["maxRetryCount"] + 1) * deadline
 
 
 def test_a_step_that_ends_well_the_second_time_fails_nothing():
@@ -294,7 +308,7 @@ def one_of_artifacts_used(flag):
 def test_one_of_takes_a_branch_that_was_skipped_or_none_the_second_time():
     spec = in_file(one_of_artifacts_used("a"))
     assert "L3" in rules_broken_by(spec)
-    for version in VERSIONS[:-1]:
+    for version in ("2.14", "2.16"):
         assert "not in tasks" in Backend(spec, version).run(always(Output="a")).errors[0]
     cluster = Backend(spec, "2.17")
     assert cluster.run(always(Output="a")).status == "Succeeded"
@@ -351,7 +365,7 @@ def test_what_waits_for_a_step_that_ignores_failures_is_no_workflow():
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_a_loop_with_a_name_gathers_is_not_found_before_2_17(version):
+def test_what_a_loop_with_a_name_gathers_is_not_found_before_2_16(version):
     @dsl.component(base_image="python:3.11", install_kfp_package=False)
     def gather(flags: list):
         pass
@@ -365,7 +379,7 @@ def test_what_a_loop_with_a_name_gathers_is_not_found_before_2_17(version):
     spec = in_file(bad)
     assert rules_broken_by(spec) == {"L10"}
     run = Backend(spec, version).run(lambda step: {"Output": step.parameters.get("flag")})
-    if version == "2.17":
+    if version >= "2.16":
         assert run.started[-1].parameters == {"flags": ["a", "b"]}
     else:
         assert "for-loop-2_1, not in tasks" in run.errors[0]
