@@ -57,6 +57,8 @@ def check_parameters(parameters: dict[str, Any]) -> None:
 
 def check_sizes(parameters: dict[str, Any]) -> None:
     """Refuse what the first step of a sweep would refuse."""
+    if not parameters["sizes"]:
+        raise ValueError("sizes must be at least one, got []")
     for size in parameters["sizes"]:
         check_spelling(size, parameters["min_accuracy"])
 

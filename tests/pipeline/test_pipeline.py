@@ -110,6 +110,19 @@ def test_rounds_without_retrains_go_straight_to_the_next():
     assert ended.startswith("publish")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [("[]", "sizes must be at least one"), ('["tiny"]', "max_size must be bytes")],
+)
+def test_a_sweep_over_no_sizes_is_refused_before_anything_is_made(sizes, message, tmp_path):
+    refused = CliRunner().invoke(
+        module.app, ["sweep", "--out", str(tmp_path / "run"), "--sizes", sizes]
+    )
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_sweep_is_not_compiled_over_the_pipeline():
     before = module.COMPILED.read_bytes()
     refused = CliRunner().invoke(module.app, ["compile", "--sweep"])
