@@ -273,7 +273,7 @@ def on_this_machine(parameters: dict[str, Any], out: Path) -> dict[str, Any]:
     here = dict(parameters)
     if "store" in here:
         here["store"] = here["store"] or str(out / "release")
-    here["scratch"] = here["scratch"] or str(out / "scratch")
+    here["scratch"] = here["scratch"] or str(out / "cache" / "scratch")
     for name in _containers.PLACES:
         if here.get(name) and "://" not in here[name]:
             here[name] = str(Path(here[name]).resolve())

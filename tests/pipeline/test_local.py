@@ -234,7 +234,7 @@ def test_what_has_no_place_is_in_the_folder_of_the_run(tmp_path):
     given = {"weights": "", "data_dir": "", "scratch": "", "store": "", "keys": ""}
     here = on_this_machine(given, tmp_path)
     assert here["store"] == str(tmp_path / "release")
-    assert here["scratch"] == str(tmp_path / "scratch")
+    assert here["scratch"] == str(tmp_path / "cache" / "scratch")
     assert "store" not in on_this_machine({"scratch": ""}, tmp_path)  # a sweep publishes nothing
 
 

@@ -92,8 +92,18 @@ def test_what_any_channel_names_stays_listed_also_while_it_is_halted(
     release(FILES[2], channel="canary")
     for file in FILES[3:]:
         release(file, channel="stable", n_deltas=1)
-    assert deltas() == {(1, 0), (2, 1), (2, 0), (5, 4), (6, 5)}
+    from_channels = {(new, old) for new in (5, 6) for old in (1, 2)}
+    assert deltas() == {(1, 0), (2, 1), (2, 0), (5, 4), (6, 5)} | from_channels
     assert audit.verify(directory, root=root)["problems"] == []
+
+
+def test_a_release_has_a_delta_from_what_each_channel_names_however_old_that_is(release, deltas):
+    release(FILES[0], channel="stable")
+    for file in FILES[1:5]:
+        release(file, n_deltas=1)
+    assert {old for new, old in deltas() if new == 4} == {3, 0}
+    release(FILES[5], n_deltas=0)
+    assert not {old for new, old in deltas() if new == 5}
 
 
 def test_the_newest_of_each_network_and_kind_of_vehicle_keeps_its_deltas(release, listed):

@@ -15,7 +15,7 @@ from tuf.api.metadata import TargetFile
 
 from filterpress.codec import make_delta
 from filterpress.errors import BitstreamError, ReleaseError
-from filterpress.release.channel import parse
+from filterpress.release.channel import Json, parse
 from filterpress.release.names import COUNTER, HARDWARE
 from filterpress.release.transaction import Draft
 from filterpress.release.trust import RELEASE, ROLLOUT
@@ -45,16 +45,19 @@ def add_release(
         target: Path of the release.
         file: Its bytes.
         custom: What else to sign about it, less its counter.
-        n_deltas: From how many earlier files of the same name to publish a delta.
+        n_deltas: From how many earlier files of the same name to publish a delta, besides those
+            that channels name, which is what vehicles run; 0 for none at all.
         change: Makes a delta of two files, or None where it does not pay.
 
     Returns:
         What will be signed about the release.
     """
-    for path in _useless(draft):
+    channels = _channels(draft)
+    for path in _useless(draft, channels):
         draft.drop(RELEASE, path)
     new = draft.add(RELEASE, target, file, {**custom, COUNTER: next_counter(draft)})
-    _add_deltas(draft, new, file, n_deltas, change)
+    running = {content["sha256"] for content in channels or ()}
+    _add_deltas(draft, new, file, n_deltas, running, change)
     return new
 
 
@@ -93,21 +96,29 @@ def small_delta(old: bytes, new: bytes) -> bytes | None:
     return delta if len(delta) < _MAX_DELTA * len(new) else None
 
 
-def _useless(draft: Draft) -> list[str]:
-    """Return the deltas that no channel names, less those to the newest releases."""
-    listed = draft.listed(RELEASE)
-    newest: dict[tuple[str, str], str] = {}
-    named: set[str] = set()
-    for info in sorted(listed.values(), key=counter_of):
-        for kind in (info.custom or {}).get(HARDWARE, ()):
-            newest[_name(info), kind] = model_folder(info)
+def _channels(draft: Draft) -> list[Json] | None:
+    """Read what all channels say; None if that of one cannot be read."""
+    found = []
     for path, info in draft.listed(ROLLOUT).items():
         try:
             content = parse(path, draft.read(info))
-            named |= {delta["target"] for delta in content["deltas"]}
+            found.append({"sha256": content["sha256"], "deltas": [*content["deltas"]]})
         except (ReleaseError, RepositoryError, LookupError, TypeError) as error:
             _log.warning("no delta leaves the list of releases: %s cannot be read: %s", path, error)
-            return []
+            return None
+    return found
+
+
+def _useless(draft: Draft, channels: list[Json] | None) -> list[str]:
+    """Return the deltas that no channel names, less those to the newest releases."""
+    if channels is None:
+        return []
+    listed = draft.listed(RELEASE)
+    newest: dict[tuple[str, str], str] = {}
+    for info in sorted(listed.values(), key=counter_of):
+        for kind in (info.custom or {}).get(HARDWARE, ()):
+            newest[_name(info), kind] = model_folder(info)
+    named = {delta["target"] for content in channels for delta in content["deltas"]}
     return [
         path
         for path, info in listed.items()
@@ -120,15 +131,21 @@ def _add_deltas(
     new: TargetFile,
     file: bytes,
     count: int,
+    running: set[str],
     change: Callable[[bytes, bytes], bytes | None],
 ) -> None:
-    """Add deltas that make a file from the last other ones of its name, where they pay."""
+    """Add deltas that make a file from the last other ones of its name, and from those running.
+
+    A delta is left out where it does not pay.
+    """
     listed = draft.listed(RELEASE)
     others: dict[str, TargetFile] = {}
     for info in sorted(listed.values(), key=counter_of, reverse=True):
         if counter_of(info) and _name(info) == _name(new) and info.hashes != new.hashes:
             others.setdefault(info.hashes["sha256"], info)
-    for digest, old in list(others.items())[:count]:
+    for place, (digest, old) in enumerate(others.items()):
+        if count == 0 or (place >= count and digest not in running):
+            continue
         path = f"{model_folder(new)}/from-{digest[:16]}.fpd"
         if path in listed:
             continue

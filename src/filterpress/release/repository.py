@@ -82,8 +82,9 @@ def publish(
         store: Directory or ``gs://bucket/prefix``.
         keys: Folder of keys, not inside the store; see `create_keys`.
         hardware: Kinds of vehicle that the file is made for; ``any`` for all.
-        n_deltas: For how many earlier releases of the same name to publish a delta, where it has
-            less than 0.7 of the bytes of the file.
+        n_deltas: From how many earlier releases of the same name to publish a delta, besides those
+            that channels name; 0 for none. One is published where it has less than 0.7 of the
+            bytes of the file.
         then: What else to change in the same step, given the target, such as to let a channel name
             it: `filterpress.release.rollout.naming`.
 
