@@ -34,8 +34,8 @@ from components._flags import (
     Image,
     Out,
     Tries,
+    check_for_cluster,
     check_parameters,
-    check_sizes,
     connect,
     split,
 )
@@ -45,7 +45,7 @@ from components._local import on_this_machine
 from components._local import run as run_locally
 from components._local import sweep as sweep_locally
 from components._manifests import write
-from components._placing import LOCAL, ON_A_CLUSTER, Policy, check_amounts, policy_of
+from components._placing import LOCAL, ON_A_CLUSTER, Policy, policy_of
 from components._placing import PARAMETERS as CLUSTER_ONLY
 from components._rounds import call, make_retrain_loop, make_round
 from components._stairs import Stairs, add_level
@@ -267,7 +267,7 @@ def sweep(
 ) -> None:
     """Compress to several sizes on this machine, and draw accuracy against size."""
     with terminal.polite(debug):
-        check_sizes(parameters)
+        check_parameters(parameters)
         arguments = on_this_machine(parameters, out.resolve())
         pipeline = build_sweep(size_tries, arguments["max_retrains"], LOCAL)
         found = sweep_locally(pipeline, arguments, out.resolve(), image)
@@ -324,9 +324,7 @@ def submit_sweep(
     """Submit a sweep to a cluster: several sizes in one run, and their curve."""
     parameters, how, where = split(given, SWEEP, policy_of, connect)
     with terminal.polite(debug):
-        check_image(image)
-        check_amounts(parameters)
-        check_sizes(parameters)
+        check_for_cluster(parameters, image)
         pipeline = build_sweep(size_tries, parameters["max_retrains"], policy_of(**how))
         address = send(pin(pipeline, image), parameters, connect(**where))
     print(address)
@@ -370,9 +368,7 @@ def build_for(
     parameters: dict[str, Any], size_tries: int, policy: Policy, image: str
 ) -> GraphComponent:
     """Build the pipeline for a cluster: as many rounds as are asked for, in one image."""
-    check_image(image)
-    check_parameters(parameters)
-    check_amounts(parameters)
+    check_for_cluster(parameters, image)
     keys_for(parameters["store"], parameters["keys"])
     bounds = {"rounds": parameters["max_rounds"], "retrains": parameters["max_retrains"]}
     return pin(build(**bounds, size_tries=size_tries, policy=policy), image)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from components._cluster import Cluster
+from components._ir import check_image
+from components._placing import check_amounts
 from filterpress import stages
 from filterpress.budget import check_spelling
 
@@ -50,17 +52,20 @@ def split(given: dict[str, Any], *functions: Callable[..., Any]) -> list[dict[st
 
 
 def check_parameters(parameters: dict[str, Any]) -> None:
-    """Refuse parameters that a step would refuse, hours later perhaps."""
-    check_spelling(parameters["max_size"], parameters["min_accuracy"])
+    """Refuse parameters, of a run or of a sweep, that a step would refuse, hours later perhaps."""
+    sizes = parameters["sizes"] if "sizes" in parameters else [parameters["max_size"]]
+    if not sizes:
+        raise ValueError("sizes must be at least one, got []")
+    for size in sizes:
+        check_spelling(size, parameters["min_accuracy"])
     stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
 
 
-def check_sizes(parameters: dict[str, Any]) -> None:
-    """Refuse what the first step of a sweep would refuse."""
-    if not parameters["sizes"]:
-        raise ValueError("sizes must be at least one, got []")
-    for size in parameters["sizes"]:
-        check_spelling(size, parameters["min_accuracy"])
+def check_for_cluster(parameters: dict[str, Any], image: str) -> None:
+    """Refuse what a cluster would refuse, before it is asked."""
+    check_image(image)
+    check_parameters(parameters)
+    check_amounts(parameters)
 
 
 def read_token(file: Path | None) -> str:

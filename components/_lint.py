@@ -241,7 +241,7 @@ def _resources(executor: Spec) -> Iterator[tuple[str, str]]:
 
 
 def is_group(task: str) -> bool:
-    """Say whether a task is a condition or an exit handler, and no sub-pipeline of our own."""
+    """Say whether a task is a condition, a loop or an exit handler, and no sub-pipeline of ours."""
     return task.startswith(_GROUPS)
 
 

@@ -11,6 +11,10 @@ from filterpress import page
 from filterpress.page import Report
 
 _FATES = ("removed", "merged")  # of filters
+_NOTE = (
+    "Error: how far the last reduce expected the layer by itself to move the outputs of the "
+    "network, as a divergence in nats; a retrain wins part of it back."
+)
 
 
 class _Row(NamedTuple):
@@ -52,12 +56,6 @@ def section(history: Sequence[Report]) -> str:
     head += page.head("Changes", "Shape")
     table = page.table(head, "".join(_html(row, most, worst) for row in rows), "Layers", "layers")
     return page.section("Layers", table + (page.note(_NOTE) if worst > 0 else ""))
-
-
-_NOTE = (
-    "Error: how far the last reduce expected the layer by itself to move the outputs of the "
-    "network, as a divergence in nats; a retrain wins part of it back."
-)
 
 
 def _known(history: Sequence[Report]) -> dict[str, Report]:

@@ -23,6 +23,7 @@ from components._lint import check
 from components._placing import LOCAL, Policy, check_amounts
 from components._placing import PARAMETERS as CLUSTER_ONLY
 from filterpress import stages
+from filterpress.flags import help_of
 from filterpress.loop import compress
 from tests.pipeline import test_components
 
@@ -123,6 +124,14 @@ def test_a_sweep_over_no_sizes_is_refused_before_anything_is_made(sizes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_a_sweep_with_a_method_that_there_is_not_is_refused_before_anything_is_made(tmp_path):
+    given = ["--out", str(tmp_path / "run"), "--reduce-config", '{"method": "shrink"}']
+    refused = CliRunner().invoke(module.app, ["sweep", *given])
+    assert refused.exit_code == 2
+    assert "reduce_config: method must be one of" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_sweep_is_not_compiled_over_the_pipeline():
     before = module.COMPILED.read_bytes()
     refused = CliRunner().invoke(module.app, ["compile", "--sweep"])
@@ -143,6 +152,9 @@ def test_the_sweep_keeps_the_rules_and_its_parameters_are_those_of_a_run(tmp_pat
     assert swept.keys() - run.keys() == {"sizes"}
     shared = swept.keys() & run.keys() - {"max_retrains"}
     assert {n: swept[n].default for n in shared} == {n: run[n].default for n in shared}
+    said, told = help_of(module.SWEEP), help_of(module.PARAMETERS)
+    alike = shared - {"min_accuracy"}  # which ends no sweep
+    assert {n: said[n] for n in alike} == {n: told[n] for n in alike}
 
 
 def test_compiling_gives_the_same_bytes_in_every_process(tmp_path):
