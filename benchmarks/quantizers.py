@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from filterpress import allocation, package, statistics
 from filterpress.allocation import Option
+from filterpress.fitting import Goal
 from filterpress.methods import Outcome, merge_filters, project_channels
 from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 from filterpress.representations import Layer
@@ -94,7 +95,7 @@ def merged(network: nn.Module, images: Tensor, share: float) -> nn.Module:
 
     with patch.object(merge_filters, "choose_levels", alike):
         config = merge_filters.MergeConfig()
-        return merge_filters.merge_filters(network, images, config, max_bytes=0).model
+        return merge_filters.merge_filters(network, images, config, goal=Goal(0, len)).model
 
 
 def one_option(share: float, layer: Layer, moments: Moments, **given: Any) -> list[Option]:
@@ -136,8 +137,7 @@ class Source:
             self.package.network,
             self.images,
             project_channels.ProjectionConfig(),
-            max_bytes=max_bytes,
-            size=self.size,
+            goal=Goal(max_bytes, self.size),
         )
 
     def reduced(self, setting: Setting) -> nn.Module:
@@ -154,7 +154,7 @@ class Source:
         if setting.method == "merge":
             network = merged(network, self.images, setting.share)
         config = QuantizationConfig(**setting.weights)
-        made = quantize_weights(network, self.images, config, max_bytes=max_bytes, size=self.size)
+        made = quantize_weights(network, self.images, config, goal=Goal(max_bytes, self.size))
         return made.model
 
 

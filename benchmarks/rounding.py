@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from filterpress import allocation, package, rounding, statistics
 from filterpress.allocation import LEFT, SLOPE
+from filterpress.fitting import Goal
 from filterpress.methods import merge_filters, project_channels
 from filterpress.statistics import Moments
 from filterpress.tasks import Task, calibration
@@ -77,17 +78,16 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
 
     for ratio, way in product(given.ratios, WAYS):
         max_bytes = int(trained.baseline["n_bytes"] / ratio)
+        goal = Goal(max_bytes, size)
         with undone(way):
             network = source.network
             if way != "no cluster":
                 network = merge_filters.merge_filters(
-                    network, images, merge_filters.MergeConfig(), max_bytes=max_bytes
+                    network, images, merge_filters.MergeConfig(), goal=goal
                 ).model
             levels = "all" if way == "all levels" else "steps"
             config = project_channels.ProjectionConfig(levels=levels)
-            network = project_channels.project_channels(
-                network, images, config, max_bytes=max_bytes, size=size
-            ).model
+            network = project_channels.project_channels(network, images, config, goal=goal).model
         measured = validation.measure(network)
         yield {
             "ratio": ratio,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from filterpress import models, package, statistics
+from filterpress.fitting import Goal
 from filterpress.methods.merge_filters import MergeConfig, merge_filters
 from filterpress.methods.project_channels import ProjectionConfig, project_channels
 from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
@@ -41,12 +42,13 @@ def run(name: str, size: int, n_images: int, ratio: float) -> dict[str, object]:
 
     statistics.recalibrate_(network, images)  # fresh batch-norm lets the activations explode
     length(network)  # compiles the coder
+    goal = Goal(max_bytes, length)
     profile = cProfile.Profile()
     started = time.perf_counter()
     profile.enable()
     pruned = prune_similar(network, images, SimilarityConfig()).model
-    merged = merge_filters(pruned, images, MergeConfig(), max_bytes=max_bytes).model
-    project_channels(merged, images, ProjectionConfig(), max_bytes=max_bytes, size=length)
+    merged = merge_filters(pruned, images, MergeConfig(), goal=goal).model
+    project_channels(merged, images, ProjectionConfig(), goal=goal)
     profile.disable()
     seconds = time.perf_counter() - started
     spent = _by_function(profile)

@@ -11,6 +11,7 @@ from torch import nn
 from filterpress import models, package, stages
 from filterpress.codec.graph import to_onnx
 from filterpress.errors import BudgetError, ModelError
+from filterpress.fitting import Goal
 from filterpress.methods.merge_filters import MergeConfig, merge_filters
 from filterpress.methods.project_channels import ProjectionConfig, project_channels
 from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
@@ -168,14 +169,14 @@ def test_compressing_gives_a_smaller_file_that_computes_what_was_stored(case):
     full = len(package.encode(source, source.network))
     least = package.least_bytes(source)
     max_bytes = (full + least) // 2
+    goal = Goal(max_bytes, lambda network: len(package.encode(source, network)))
     pruned = prune_similar(source.network, IMAGES, SimilarityConfig()).model
-    merged = merge_filters(pruned, IMAGES, MergeConfig(), max_bytes=max_bytes).model
+    merged = merge_filters(pruned, IMAGES, MergeConfig(), goal=goal).model
     found = project_channels(
         merged,
         IMAGES,
         ProjectionConfig(),
-        max_bytes=max_bytes,
-        size=lambda network: len(package.encode(source, network)),
+        goal=goal,
     ).model
     encoded = package.encode(source, found)
     assert len(encoded) <= max(max_bytes, least)

@@ -10,7 +10,7 @@ from torch import nn
 
 from filterpress.allocation import Option, Rates, block
 from filterpress.errors import ModelError
-from filterpress.fitting import ATTEMPTS, fingerprint, fit_budget, meet
+from filterpress.fitting import ATTEMPTS, Goal, fingerprint, fit_budget, meet
 from filterpress.grids import Levels
 
 
@@ -67,7 +67,7 @@ def fit(layers, size, max_bytes, *, avoid=frozenset()):
         return sizes[-1]
 
     rates = Rates(layers)
-    found = fit_budget(rates, Widths, counted, max_bytes=max_bytes, avoid=avoid)
+    found = fit_budget(rates, Widths, Goal(max_bytes, counted, avoid))
     assert found.n_bytes == size(found.model)
     assert len(sizes) <= ATTEMPTS + 1
     return found
@@ -127,7 +127,7 @@ def test_a_budget_that_does_not_bind_takes_one_attempt():
         built.append(allocation)
         return Widths(allocation)
 
-    fit_budget(Rates(layers), build, size, max_bytes=10**6, avoid=frozenset())
+    fit_budget(Rates(layers), build, Goal(10**6, size))
     assert len(built) == 1
 
 
@@ -189,8 +189,6 @@ def test_a_budget_between_two_options_of_a_layer_is_spent_on_finer_steps(share):
         network.n_bytes = round(0.9 * allocation.total_bytes + 300)
         return network
 
-    found = fit_budget(
-        rates, build, lambda network: network.n_bytes, max_bytes=max_bytes, avoid=frozenset()
-    )
+    found = fit_budget(rates, build, Goal(max_bytes, lambda network: network.n_bytes))
     assert 0.985 * max_bytes <= found.n_bytes <= max_bytes
     assert found.expected == pytest.approx(found.n_bytes, rel=0.02)

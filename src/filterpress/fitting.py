@@ -24,6 +24,14 @@ ATTEMPTS = 8  # sizes tried until the real one meets the budget
 CLOSE = 0.985  # a file this close below the budget is good enough
 
 
+class Goal(NamedTuple):
+    """What a method makes a network smaller for."""
+
+    max_bytes: int  # largest encoded file
+    size: Callable[[nn.Module], int]  # bytes of the encoded file of a network
+    avoid: frozenset[str] = frozenset()  # allocations, by `fingerprint`, that have failed before
+
+
 class Attempt(NamedTuple):
     """A network that was built and encoded."""
 
@@ -33,22 +41,13 @@ class Attempt(NamedTuple):
     allocation: Allocation
 
 
-def fit_budget(
-    rates: Rates,
-    build: Callable[[Allocation], nn.Module],
-    size: Callable[[nn.Module], int],
-    *,
-    max_bytes: int,
-    avoid: frozenset[str],
-) -> Attempt:
+def fit_budget(rates: Rates, build: Callable[[Allocation], nn.Module], goal: Goal) -> Attempt:
     """Build networks from allocations until the file of one meets a budget.
 
     Args:
         rates: What every layer can become.
         build: Makes the network of an allocation.
-        size: Size of the encoded file of a network.
-        max_bytes: Largest encoded file.
-        avoid: Allocations, by `fingerprint`, that have failed before.
+        goal: What its file shall meet.
 
     Returns:
         The largest file found within the budget; where there is none, the smallest file.
@@ -56,6 +55,7 @@ def fit_budget(
     Raises:
         ModelError: Every allocation found is one to avoid.
     """
+    max_bytes, size, avoid = goal
     target, beside = float(max_bytes), 0.0
     best: Attempt | None = None
     tried: list[tuple[object, ...]] = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from filterpress.compensation import ChannelStatistics
+from filterpress.fitting import Goal
 from filterpress.methods.merge_filters import (
     MergeConfig,
     central_channels,
@@ -15,6 +16,10 @@ from filterpress.surgery import channel_groups, layers
 from tests import networks
 
 IMAGES = networks.images(200)
+
+
+def goal(n_bytes):
+    return Goal(round(n_bytes), n_weights)
 
 
 def n_weights(network):
@@ -78,7 +83,7 @@ def test_merging_duplicates_costs_next_to_nothing(name):
 def test_planted_duplicates_are_merged_under_a_tight_budget(name):
     network = networks.plant_duplicates_(networks.make(name), name, (3, 5, 6))
     producer = networks.CHAINS[name][0]
-    made = merge_filters(network, IMAGES, MergeConfig(), max_bytes=n_weights(network) * 0.15)
+    made = merge_filters(network, IMAGES, MergeConfig(), goal=goal(n_weights(network) * 0.15))
     assert made.layers[producer]["merged"] >= 3
     weight = made.model.get_submodule(producer).weight.detach().flatten(1)
     assert len(weight.unique(dim=0)) == len(weight)
@@ -87,7 +92,7 @@ def test_planted_duplicates_are_merged_under_a_tight_budget(name):
 def test_a_smaller_budget_never_merges_fewer():
     network = networks.make("residual")
     merged = [
-        merge_filters(network, IMAGES, MergeConfig(), max_bytes=share * n_weights(network)).notes[
+        merge_filters(network, IMAGES, MergeConfig(), goal=goal(share * n_weights(network))).notes[
             "merged"
         ]
         for share in (10.0, 0.5, 0.1, 0.02)
@@ -99,7 +104,7 @@ def test_a_smaller_budget_never_merges_fewer():
 
 def test_summed_outputs_stay():
     network = networks.make("residual")
-    made = merge_filters(network, IMAGES, MergeConfig(), max_bytes=100)
+    made = merge_filters(network, IMAGES, MergeConfig(), goal=goal(100))
     summed = {"stem.0", "blocks.0.second.0", "blocks.1.second.0", "blocks.1.shortcut.0"}
     assert made.layers
     assert not summed & made.layers.keys()
@@ -110,14 +115,14 @@ def test_summed_outputs_stay():
 
 def test_narrow_layers_stay():
     network = networks.make("residual")
-    made = merge_filters(network, IMAGES, MergeConfig(min_channels=12), max_bytes=100)
+    made = merge_filters(network, IMAGES, MergeConfig(min_channels=12), goal=goal(100))
     assert made.layers
     assert all(len(network.get_submodule(name).weight) >= 12 for name in made.layers)
 
 
 def test_every_layer_keeps_a_filter():
     for name in networks.BUILDERS:
-        made = merge_filters(networks.make(name), IMAGES, MergeConfig(min_channels=2), max_bytes=1)
+        made = merge_filters(networks.make(name), IMAGES, MergeConfig(min_channels=2), goal=goal(1))
         assert all(len(layer.weight) >= 1 for layer in layers(made.model).values())
         assert torch.isfinite(outputs(made.model)).all()
 

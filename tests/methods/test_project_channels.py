@@ -9,6 +9,7 @@ from torch import nn
 
 from filterpress.allocation import Option, options
 from filterpress.errors import ModelError
+from filterpress.fitting import Goal
 from filterpress.methods.project_channels import ProjectionConfig, project, project_channels
 from filterpress.package import Package, encode
 from filterpress.representations import Projected, has_codebook, is_quantized
@@ -31,9 +32,7 @@ def run(network, max_bytes, *, avoid=frozenset(), seed=0, **fields):
         network,
         IMAGES,
         ProjectionConfig(**fields),
-        max_bytes=max_bytes,
-        size=size,
-        avoid=avoid,
+        goal=Goal(max_bytes, size, avoid),
         seed=seed,
     )
 

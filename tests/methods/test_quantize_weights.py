@@ -8,6 +8,7 @@ from torch import nn
 
 from filterpress.errors import ModelError
 from filterpress.export import to_graph
+from filterpress.fitting import Goal
 from filterpress.levels import fit_levels, level_option
 from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 from filterpress.package import Package, encode
@@ -44,7 +45,7 @@ def size(network):
 
 def run(network, max_bytes=10**6, *, avoid=frozenset(), **fields):
     config = QuantizationConfig(**fields)
-    return quantize_weights(network, IMAGES, config, max_bytes=max_bytes, size=size, avoid=avoid)
+    return quantize_weights(network, IMAGES, config, goal=Goal(max_bytes, size, avoid))
 
 
 @cache

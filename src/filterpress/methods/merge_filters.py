@@ -30,7 +30,7 @@ from filterpress import statistics
 from filterpress.allocation import SLOPE, Allocation, Rates, options
 from filterpress.clustering import kmeans
 from filterpress.compensation import ChannelStatistics, channel_statistics, cut_compensated_
-from filterpress.fitting import meet
+from filterpress.fitting import Goal, meet
 from filterpress.methods import Outcome
 from filterpress.progress import progress
 from filterpress.statistics import Moments
@@ -68,7 +68,7 @@ class Levels(NamedTuple):
 
 
 def merge_filters(
-    model: nn.Module, images: Tensor, config: MergeConfig, *, max_bytes: float, seed: int = 0
+    model: nn.Module, images: Tensor, config: MergeConfig, *, goal: Goal, seed: int = 0
 ) -> Outcome:
     """Merge filters until the network can be quantised into a number of bytes.
 
@@ -76,7 +76,7 @@ def merge_filters(
         model: Network to shrink.
         images: ``(N, C, H, W)`` normalised calibration images.
         config: How to cluster.
-        max_bytes: Bytes for the weights of the quantised network.
+        goal: Its bytes are those for the weights of the quantised network.
         seed: Seed of the statistics and of k-means.
 
     Returns:
@@ -98,7 +98,7 @@ def merge_filters(
         for group in groups:
             levels.append(cluster_levels(result, group, moments, seed=seed))
             advance()
-    picked = choose_levels(groups, levels, Rates(offered), max_bytes)
+    picked = choose_levels(groups, levels, Rates(offered), goal.max_bytes)
     kept = [level.kept[i] for level, i in zip(levels, picked, strict=True)]
     merged = sum(int((~keep).sum()) for keep in kept)
     if merged == 0:

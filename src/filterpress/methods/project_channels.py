@@ -24,7 +24,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from filterpress import statistics
 from filterpress.allocation import Allocation, Option, Rates, options
 from filterpress.compensation import refit_projected
-from filterpress.fitting import Attempt, fingerprint, fit_budget
+from filterpress.fitting import Attempt, Goal, fingerprint, fit_budget
 from filterpress.folding import (
     LinearChannels,
     fold_,
@@ -105,9 +105,7 @@ def project_channels(
     images: Tensor,
     config: ProjectionConfig,
     *,
-    max_bytes: int,
-    size: Callable[[nn.Module], int],
-    avoid: frozenset[str] = frozenset(),
+    goal: Goal,
     seed: int = 0,
 ) -> Outcome:
     """Project and quantise the layers of a network until its file meets a budget.
@@ -116,9 +114,7 @@ def project_channels(
         model: Network to shrink.
         images: ``(N, C, H, W)`` normalised calibration images.
         config: How to choose.
-        max_bytes: Largest encoded file.
-        size: Size of the encoded file of a network.
-        avoid: Allocations, by `fitting.fingerprint`, that have failed before.
+        goal: What its file shall meet.
         seed: Seed of the statistics.
 
     Returns:
@@ -135,15 +131,9 @@ def project_channels(
     source = Source(network, images, moments, linear, spreads_of(network, linear, images))
     rates = _rates(source, config, seed)
     if config.max_shrink:
-        max_bytes = max(max_bytes, math.ceil(size(model) / config.max_shrink))
-    best = fit_budget(
-        rates,
-        lambda allocation: apply(source, allocation),
-        size,
-        max_bytes=max_bytes,
-        avoid=avoid,
-    )
-    return _outcome(best)
+        least = math.ceil(goal.size(model) / config.max_shrink)
+        goal = goal._replace(max_bytes=max(goal.max_bytes, least))
+    return _outcome(fit_budget(rates, lambda allocation: apply(source, allocation), goal))
 
 
 def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:

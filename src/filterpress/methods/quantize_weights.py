@@ -21,7 +21,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from filterpress import statistics
 from filterpress.allocation import Allocation, Rates
-from filterpress.fitting import fingerprint, fit_budget
+from filterpress.fitting import Goal, fingerprint, fit_budget
 from filterpress.grids import Levels
 from filterpress.levels import choose, fit_levels, level_option, quantize_to_
 from filterpress.methods import Outcome
@@ -107,9 +107,7 @@ def quantize_weights(
     images: Tensor,
     config: QuantizationConfig,
     *,
-    max_bytes: int,
-    size: Callable[[nn.Module], int],
-    avoid: frozenset[str] = frozenset(),
+    goal: Goal,
     seed: int = 0,
 ) -> Outcome:
     """Quantise the weights of a network.
@@ -118,10 +116,7 @@ def quantize_weights(
         model: Network to shrink.
         images: ``(N, C, H, W)`` normalised calibration images.
         config: How to quantise.
-        max_bytes: Largest encoded file, where widths are chosen.
-        size: Size of the encoded file of a network.
-        avoid: Widths, by `fitting.fingerprint`, that have failed before; not of those that are
-            given.
+        goal: What its file shall meet, where widths are chosen and not given.
         seed: Seed of the statistics and of codebooks.
 
     Returns:
@@ -162,7 +157,7 @@ def quantize_weights(
     if config.bits:
         allocation = rates.allocate(1.0)
         return _outcome(build(allocation), allocation, used)
-    best = fit_budget(rates, build, size, max_bytes=max_bytes, avoid=avoid)
+    best = fit_budget(rates, build, goal)
     return _outcome(best.model, best.allocation, used)
 
 
