@@ -219,19 +219,19 @@ def test_every_damaged_byte_of_the_weights_is_noticed(saved):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", "{}", '{"format": 1}', "\ufeff{}", "[" * 100_000, '"x"']
+    "text", ["[]", "null", "{}", '{"format": 2}', "\ufeff{}", "[" * 100_000, '"x"']
 )
 def test_a_foreign_description_is_refused(saved, text):
     (saved / "model.json").write_text(text)
     assert "damaged" in one_line(saved)
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None])
+@pytest.mark.parametrize("number", [1, 3, "2", None])
 def test_another_format_is_refused_by_its_number(saved, number):
     change_description(saved, format=number)
     message = one_line(saved)
     assert f"got {number!r}" in message
-    assert "format 1" in message
+    assert "format 2" in message
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,11 @@ def test_another_format_is_refused_by_its_number(saved, number):
         {"layers": {"stem.0": 7}},
         {"layers": {"missing.0": {"kind": "linear", "in": 1, "out": 1, "bias": True}}},
         {"layers": {"stem.0": {"kind": "linear", "in": 4, "out": 4, "bias": False}}},
-        {"quantized": ["missing"]},
-        {"quantized": ["stem"]},
-        {"quantized": 4},
+        {"forms": {"missing": {"kind": "quantized"}}},
+        {"forms": {"stem": {"kind": "folded"}}},
+        {"forms": {"stem": {"kind": "codebook"}}},
+        {"forms": {"stem": {"kind": "quantized"}}},
+        {"forms": 4},
         {"history": 4},
     ],
     ids=str,

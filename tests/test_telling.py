@@ -29,7 +29,7 @@ RELEASE = {
 RUN = "filterpress/one-run"
 DESCRIBED = {
     **{"format": FORMAT, "model": "net", "input_shape": [1, 8, 8], "n_classes": 10, "inputs": {}},
-    **{"layers": {}, "baseline": {}, "quantized": {}, "weights_sha256": "00"},
+    **{"layers": {}, "baseline": {}, "forms": {}, "weights_sha256": "00"},
 }
 
 

@@ -32,17 +32,13 @@ from filterpress.export import to_graph
 from filterpress.representations import (
     ChannelOrder,
     Projected,
-    has_codebook,
-    indices_of,
-    is_quantized,
-    latent_weight,
-    levels_of,
-    quantize_,
-    share_levels_,
+    check_form,
+    describe_form,
+    take_form_,
     without_quantization,
 )
 
-FORMAT = 1
+FORMAT = 2
 Json = dict[str, Any]
 
 
@@ -94,9 +90,8 @@ def save(package: Package, out: Path) -> None:
         "n_classes": package.n_classes,
         "inputs": package.inputs,
         "layers": describe_changes(package),
-        "quantized": [n for n, m in package.network.named_modules() if is_quantized(m)],
-        "codebooks": {
-            n: len(levels_of(m)) for n, m in package.network.named_modules() if has_codebook(m)
+        "forms": {
+            n: form for n, m in package.network.named_modules() if (form := describe_form(m))
         },
         "baseline": package.baseline,
         "history": list(package.history),
@@ -127,16 +122,11 @@ def load(path: Path) -> Package:
         for name, layer in description["layers"].items():
             network.set_submodule(name, construct(layer))
         state = load_tensors(weights)
-        for name in description["quantized"]:
-            quantize_(network.get_submodule(name), torch.ones(_n_outputs(network, name)))
-        codebooks = description.get("codebooks", {})  # older packages know none
-        for name, n_levels in codebooks.items():
-            layer = network.get_submodule(name)
-            share_levels_(layer, torch.zeros(n_levels), torch.zeros_like(latent_weight(layer)))
+        for name, form in description["forms"].items():
+            take_form_(network.get_submodule(name), form)
         network.load_state_dict(state)
-        for name, n_levels in codebooks.items():
-            if indices_of(network.get_submodule(name)).max() >= n_levels:
-                raise ValueError(f"indices of {name} must be below {n_levels}")
+        for name in description["forms"]:
+            check_form(name, network.get_submodule(name))
         history = tuple(description["history"])
     except (
         KeyError,
@@ -172,7 +162,7 @@ def read_description(path: Path) -> Json:
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{path}/model.json is damaged: {error}") from error
     wanted = {"format", "model", "input_shape", "n_classes", "inputs", "layers", "baseline"}
-    wanted |= {"history", "quantized", "weights_sha256"}
+    wanted |= {"history", "forms", "weights_sha256"}
     if not isinstance(description, dict) or not wanted <= set(description):
         raise PackageError(f"{path}/model.json is damaged: it must hold {sorted(wanted)}")
     if description["format"] != FORMAT:
@@ -185,10 +175,6 @@ def read_description(path: Path) -> Json:
 
 def _dump(value: object) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _n_outputs(network: nn.Module, name: str) -> int:
-    return len(network.get_submodule(name).weight)  # type: ignore[arg-type]
 
 
 def describe_changes(package: Package) -> dict[str, Json]:

@@ -167,21 +167,57 @@ class Projected(nn.Sequential):
             self.add_module("order", order)
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Tell whether a layer computes with integers and steps."""
-    return isinstance(_form(module), Quantized)
-
-
-def has_codebook(module: nn.Module) -> bool:
-    """Tell whether a layer computes with the levels of a codebook."""
-    return isinstance(_form(module), Codebook)
-
-
-def _form(module: nn.Module) -> nn.Module | None:
+def form_of(module: nn.Module) -> nn.Module | None:
     """Return what makes a layer's weight from fewer numbers, None for a plain layer."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     return module.get_submodule("parametrizations.weight.0")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Tell whether a layer computes with integers and steps."""
+    return isinstance(form_of(module), Quantized)
+
+
+def has_codebook(module: nn.Module) -> bool:
+    """Tell whether a layer computes with the levels of a codebook."""
+    return isinstance(form_of(module), Codebook)
+
+
+def describe_form(module: nn.Module) -> dict[str, Any]:
+    """Describe what makes a layer's weight, as JSON without its numbers; ``{}`` for a plain one."""
+    match form_of(module):
+        case Quantized():
+            return {"kind": "quantized"}
+        case Codebook() as form:
+            return {"kind": "codebook", "levels": form.n_levels}
+    return {}
+
+
+def take_form_(module: nn.Module, description: dict[str, Any]) -> None:
+    """Give a plain layer the form that `describe_form` described; its numbers are loaded later.
+
+    Raises:
+        ValueError: The description is of no known kind.
+    """
+    match description.get("kind"):
+        case "quantized":
+            quantize_(module, torch.ones(len(latent_weight(module))))
+        case "codebook":
+            levels = torch.zeros(int(description["levels"]))
+            share_levels_(module, levels, torch.zeros_like(latent_weight(module)))
+        case kind:
+            raise ValueError(f"kind must be that of a known form, got {kind!r}")
+
+
+def check_form(name: str, module: nn.Module) -> None:
+    """Refuse numbers of a layer's form that do not go together.
+
+    Raises:
+        ValueError: An index is beyond the levels.
+    """
+    if has_codebook(module) and indices_of(module).max() >= len(levels_of(module)):
+        raise ValueError(f"indices of {name} must be below {len(levels_of(module))}")
 
 
 def quantize_(
@@ -253,7 +289,7 @@ def coarsen_(module: nn.Module, factor: Tensor) -> None:
 
 def integers_of(module: nn.Module) -> Tensor:
     """Return the integers ``(O, ...)`` that a quantised layer computes with, as floats."""
-    form = _form(module)
+    form = form_of(module)
     if not isinstance(form, Quantized):
         raise ValueError(f"module must be a quantised layer, got {module}")
     return form.integers(_units_of(module).detach())
@@ -301,7 +337,7 @@ def without_quantization(model: nn.Module, *, rounded: bool) -> nn.Module:
     """
     result = copy.deepcopy(model).eval()
     for name, module in list(model.named_modules()):
-        if _form(module) is not None and isinstance(module, nn.Conv2d | nn.Linear):
+        if form_of(module) is not None and isinstance(module, nn.Conv2d | nn.Linear):
             n_out, n_in = module.weight.shape[:2]
             groups = module.groups if isinstance(module, nn.Conv2d) else 1
             # A new layer: removing a parametrisation would break every copy of the network, because
