@@ -206,3 +206,35 @@ def plant_duplicates_(network, name, copies=(3, 5), source=1):
                 if value is not None:
                     value[list(copies)] = value[source].clone()
     return network
+
+
+class Imitation:
+    """A task whose labels are what a teacher says."""
+
+    input_shape = SHAPE
+    n_classes = CLASSES
+
+    def __init__(self, teacher):
+        self.sets = {}
+        for seed, (split, n) in enumerate({"train": 256, "validation": 128, "test": 8}.items()):
+            drawn = images(n, seed)
+            with torch.no_grad():
+                self.sets[split] = (drawn, teacher(drawn).argmax(1))
+
+    def batches(self, split, batch_size, *, generator=None, device="cpu"):
+        images, labels = self.sets[split]
+        n = len(labels)
+        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+        for index in order.split(batch_size):
+            yield images[index], labels[index]
+
+    def size(self, split):
+        return len(self.sets[split][1])
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def score(self, predict, split):
+        images, labels = self.sets[split]
+        with torch.no_grad():
+            return float((predict(images).argmax(1) == labels).double().mean())

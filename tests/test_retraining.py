@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,12 @@ import torch.nn.functional as F
 
 from filterpress.checkpoints import Checkpoint
 from filterpress.package import Package, encode
+from filterpress.progress import shown_by
 from filterpress.representations import coarsen_, is_quantized, latent_weight, quantize_, step_of
 from filterpress.retraining import (
     RetrainConfig,
     constant_channels_held,
+    fine_tune_,
     paces,
     retrain_quantized,
 )
@@ -20,43 +24,11 @@ from filterpress.scratch import open_scratch
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.surgery import layers
 from filterpress.tasks import calibration
-from filterpress.training import fit
+from filterpress.training import fit, steps_per_epoch
 from tests import networks
 from tests.test_training import checksum
 
 CONFIG = RetrainConfig(epochs=3, batch_size=32, lr=0.01, precision="float32")
-
-
-class Imitation:
-    """A task whose labels are what a teacher says."""
-
-    input_shape = networks.SHAPE
-    n_classes = networks.CLASSES
-
-    def __init__(self, teacher):
-        self.sets = {}
-        for seed, (split, n) in enumerate({"train": 256, "validation": 128, "test": 8}.items()):
-            images = networks.images(n, seed)
-            with torch.no_grad():
-                self.sets[split] = (images, teacher(images).argmax(1))
-
-    def batches(self, split, batch_size, *, generator=None, device="cpu"):
-        images, labels = self.sets[split]
-        n = len(labels)
-        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-        for index in order.split(batch_size):
-            yield images[index], labels[index]
-
-    def size(self, split):
-        return len(self.sets[split][1])
-
-    def loss(self, outputs, targets):
-        return F.cross_entropy(outputs, targets)
-
-    def score(self, predict, split):
-        images, labels = self.sets[split]
-        with torch.no_grad():
-            return float((predict(images).argmax(1) == labels).double().mean())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +38,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def task(teacher):
-    return Imitation(teacher)
+    return networks.Imitation(teacher)
 
 
 @pytest.fixture
@@ -169,25 +141,34 @@ def test_the_same_seed_gives_the_same_network(network, teacher, task):
 def test_a_retrain_that_was_killed_ends_with_the_same_network(
     optimizer, network, teacher, task, tmp_path
 ):
-    def ended(checkpoint=None, progress=None):
+    def ended(checkpoint=None):
         torch.manual_seed(len(list(tmp_path.iterdir())))  # the global state must not matter
         config = replace(CONFIG, optimizer=optimizer, lr=0.005)
         wanted = {"floor": 1.0, "reached": 0.0, "max_bytes": 10**6, "size": size, "seed": 0}
-        more = {"checkpoint": checkpoint, "progress": progress}
-        return retrain_quantized(network, teacher, task, config, **wanted, **more)
+        return retrain_quantized(network, teacher, task, config, **wanted, checkpoint=checkpoint)
 
-    def dropping(epoch, step, n_steps, loss):
-        if (epoch, step) == (2, 2):
-            raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def killing(description, total):
+        steps = itertools.count(1)
 
-    scratch, trained = open_scratch(str(tmp_path)), set()
-    with pytest.raises(KeyboardInterrupt):
-        ended(Checkpoint(scratch, "retrain", share=1.0), dropping)
-    result, report = ended(
-        Checkpoint(scratch, "retrain", share=1.0), lambda epoch, *_: trained.add(epoch)
-    )
+        def advance(n):
+            if next(steps) == 2 * steps_per_epoch(task, CONFIG.batch_size) + 2:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    @contextlib.contextmanager
+    def counting(description, total):
+        yield trained.append
+
+    scratch, trained = open_scratch(str(tmp_path)), []
+    with pytest.raises(KeyboardInterrupt), shown_by(killing):
+        ended(Checkpoint(scratch, "retrain", share=1.0))
+    with shown_by(counting):
+        result, report = ended(Checkpoint(scratch, "retrain", share=1.0))
     expected, wanted = ended()
-    assert trained == {2}
+    n_steps = steps_per_epoch(task, CONFIG.batch_size)
+    assert trained == [2 * n_steps + 1] + [1] * (n_steps - 1)
     assert report == wanted
     assert report["best_epoch"] == 3
     assert checksum(result) == checksum(expected) != checksum(network)
@@ -288,3 +269,26 @@ def test_an_impossible_margin_is_refused(margin):
 def test_the_rules_of_training_hold_here_too():
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         RetrainConfig(epochs=0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_were_pruned_stay_zero_while_others_learn(quantized, optimizer, teacher, task):
+    student = copy.deepcopy(teacher)
+    pruned = {}
+    for name, layer in layers(student).items():
+        pruned[name] = (
+            torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+        )
+        with torch.no_grad():
+            layer.weight.masked_fill_(pruned[name], 0)
+        if quantized:
+            quantize_(layer, torch.full((len(layer.weight),), 0.02), dead_zone=0.2)
+    before = {name: layer.weight.detach().clone() for name, layer in layers(student).items()}
+    config = replace(CONFIG, optimizer=optimizer, lr=0.01 if optimizer == "sgd" else 0.002)
+    fine_tune_(student, teacher, task, config, seed=0)
+    for name, layer in layers(student).items():
+        assert (layer.weight[pruned[name]] == 0).all()
+        assert (latent_weight(layer)[pruned[name]] == 0).all()
+        assert not layer.weight.equal(before[name])
+        assert all(p._backward_hooks in (None, {}) for p in layer.parameters())

@@ -121,6 +121,20 @@ def test_what_is_never_seen_becomes_zero():
     assert units[:, seen].any()
 
 
+def test_a_weight_that_was_pruned_stays_zero_and_the_others_make_up_for_errors_around_it():
+    weight, moments = draw(6, 40), correlated(6, 40)
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight[pruned] = 0
+    steps = torch.full((6,), 0.4)
+    units = round_compensated(weight, steps, moments, FREE)
+    levels = torch.arange(-20, 21.0) * 0.4
+    places = round_compensated_to(weight, levels.expand(6, -1), moments)
+    assert (units[pruned] == 0).all()
+    assert (places[pruned] == 20).all()
+    nearest = torch.round(weight / 0.4)
+    assert damage(weight, units, steps, moments) < 0.8 * damage(weight, nearest, steps, moments)
+
+
 def test_inputs_that_are_always_zero_leave_no_integer():
     moments = apart(torch.zeros(1, 12, 12), torch.ones(4))
     units = round_compensated(draw(4, 12), torch.ones(4), moments, 1e-2)

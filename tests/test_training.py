@@ -119,6 +119,34 @@ def test_the_best_epoch_is_kept_and_the_earliest_of_equal_ones(task):
     assert not network.training
 
 
+def test_a_penalty_is_minimised_besides_and_the_last_state_kept(task):
+    """A state that the penalty has worked on longer is kept, whatever the scores say."""
+
+    def trained(penalised):
+        network, states = small_net(), []
+
+        class Falling:
+            input_shape, n_classes = task.input_shape, task.n_classes
+            batches, size, loss = task.batches, task.size, task.loss
+
+            def score(self, predict, split):
+                states.append(checksum(network))
+                return 0.9 - 0.4 * len(states)
+
+        def penalty():
+            return 10 * network[0].weight.square().sum()
+
+        result = fit(network, Falling(), QUICK, seed=0, penalty=penalty if penalised else None)
+        assert checksum(network) == states[result.epoch - 1]
+        return network, result
+
+    free, best = trained(penalised=False)
+    small, last = trained(penalised=True)
+    assert small[0].weight.square().sum() < 0.1 * free[0].weight.square().sum()
+    assert (best.epoch, last.epoch) == (1, 2)
+    assert last.validation_score == last.scores[1] < last.scores[0]
+
+
 def test_stop_ends_the_training(task):
     seen = []
     config = FitConfig(epochs=9, batch_size=16)

@@ -1,4 +1,4 @@
-"""Retrain a quantised network so that it imitates the one it came from."""
+"""Train a network that has been made smaller, so that it imitates the one it came from."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from filterpress.checkpoints import Checkpoint
-from filterpress.processes import best_device
+from filterpress.processes import best_device, is_main
+from filterpress.progress import progress
 from filterpress.representations import UNROUNDED, coarsen_, is_quantized, step_of
 from filterpress.statistics import note_offsets_, recalibrate_
+from filterpress.surgery import layers
 from filterpress.tasks import Task, calibration
-from filterpress.training import FitConfig, Progress, fit, predictor
+from filterpress.training import FitConfig, FitResult, Progress, fit, predictor, steps_per_epoch
 
 COARSER = 1.03  # steps grow by this until the file fits again
 IMAGES = 1024  # on which batch-norm is then measured again
@@ -53,7 +56,6 @@ def retrain_quantized(
     max_bytes: int,
     size: Callable[[nn.Module], int],
     seed: int,
-    progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train what the codec stores: the integers, through the straight-through estimator.
@@ -69,7 +71,6 @@ def retrain_quantized(
         max_bytes: Largest encoded file; steps grow where training made the file larger.
         size: Size of the encoded file of a network.
         seed: Seed of the order of the images and their augmentation.
-        progress: Called after every step.
         checkpoint: Where to go on from, and where to write how far it is; see `fit`.
 
     Returns:
@@ -77,18 +78,15 @@ def retrain_quantized(
     """
     student = copy.deepcopy(network)
     goal = min(1.0, floor + config.margin)
-    with constant_channels_held(student):
-        result = fit(
-            student,
-            task,
-            config,
-            seed=seed,
-            teacher=teacher,
-            stop=lambda score: score >= goal,
-            progress=progress,
-            paces=paces(student),
-            checkpoint=checkpoint,
-        )
+    result = fine_tune_(
+        student,
+        teacher,
+        task,
+        config,
+        seed=seed,
+        stop=lambda score: score >= goal,
+        checkpoint=checkpoint,
+    )
     score, coarser = result.validation_score, 0
     n_bytes = size(student)
     if n_bytes > max_bytes:
@@ -115,6 +113,53 @@ def retrain_quantized(
         "improved": improved,
         "coarsened": coarser,
     }
+
+
+def fine_tune_(
+    network: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    config: FitConfig,
+    *,
+    seed: int,
+    description: str = "retrain",
+    stop: Callable[[float], bool] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> FitResult:
+    """Train a network in place to imitate another one, and keep what made it smaller.
+
+    Quantised weights learn in units of their steps, weights that have been pruned stay zero, and
+    progress is shown in the main process.
+
+    Args:
+        network: The network.
+        teacher: The network it came from.
+        task: Data and score.
+        config: How to train.
+        seed: Seed of the order of the images and their augmentation.
+        description: What is being done, in a word.
+        stop: As for `fit`, like the rest.
+        penalty: Scalar to be added to the loss.
+        checkpoint: Where to go on from.
+    """
+    with (
+        constant_channels_held(network),
+        zeros_held(network),
+        shown(description, task, config) as advance,
+    ):
+        return fit(
+            network,
+            task,
+            config,
+            seed=seed,
+            teacher=teacher,
+            stop=stop,
+            progress=advance,
+            paces=paces(network),
+            penalty=penalty,
+            checkpoint=checkpoint,
+        )
 
 
 def paces(network: nn.Module) -> dict[str, float]:
@@ -156,6 +201,49 @@ def constant_channels_held(network: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def zeros_held(network: nn.Module) -> Iterator[None]:
+    """Let weights that are exactly zero stay so: they have been pruned.
+
+    Args:
+        network: The network; the numbers that weights are made of count as weights.
+    """
+    handles = []
+    for layer in layers(network).values():
+        for parameter in layer.parameters():
+            pruned = parameter.detach() == 0
+            if parameter.ndim > 1 and pruned.any():
+                hold = partial(_without, pruned)
+                handles.append(parameter.register_hook(hold))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without(pruned: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(pruned.to(gradient.device), 0)
+
+
+@contextlib.contextmanager
+def shown(description: str, task: Task, config: FitConfig) -> Iterator[Progress | None]:
+    """Show the steps of a training in the main process."""
+    if not is_main():
+        yield None
+        return
+    steps = config.epochs * steps_per_epoch(task, config.batch_size)
+    done = 0
+
+    def show(epoch: int, step: int, n_steps: int, _: float) -> None:
+        nonlocal done
+        before, done = done, epoch * n_steps + step
+        advance(done - before)  # more than one where a training goes on
+
+    with progress(description, steps) as advance:
+        yield show
 
 
 def _held(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:

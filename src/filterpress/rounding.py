@@ -263,10 +263,11 @@ def _choose(
             worth = 0.5 * row_power[group, row] * column_power[group, i]
             upper = np.searchsorted(table, value)
             best, least = zero, np.inf
-            for place in (max(upper - 1, 0), min(upper, table.size - 1), zero):
-                cost = worth * (value - table[place]) ** 2 + price[place]
-                if cost < least:
-                    best, least = place, cost
+            if weight != 0:  # else it has been pruned, and makes up for nothing
+                for place in (max(upper - 1, 0), min(upper, table.size - 1), zero):
+                    cost = worth * (value - table[place]) ** 2 + price[place]
+                    if cost < least:
+                        best, least = place, cost
             places[group, row, i] = best
             error[i], entry[i] = weight - table[best], reached - table[best]
         for later in range(row + 1, weights.shape[1]):

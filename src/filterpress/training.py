@@ -96,7 +96,7 @@ class FitResult(NamedTuple):
     """What a training did.
 
     Attributes:
-        validation_score: Score of the state that was kept, the best; the earliest of equal ones.
+        validation_score: Score of the state that was kept; of equal ones, the earliest is.
         epoch: Epoch of that state, from 1.
         scores: Validation score after each epoch.
     """
@@ -116,6 +116,7 @@ def fit(
     stop: Callable[[float], bool] | None = None,
     progress: Progress | None = None,
     paces: Mapping[str, float] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Train a network in place and leave it in its best state on the validation set.
@@ -133,6 +134,8 @@ def fit(
         progress: Called after each step with the epoch from 0, the step from 1, the number of
             steps in an epoch, and the loss of the whole batch.
         paces: Factors of the learning rate, by the name of the parameter; 1 for all others.
+        penalty: Scalar to be added to the loss of each batch, such as the size of the network.
+            Scores do not tell of it, so the last state is kept and not the best.
         checkpoint: Where to go on from, if it is there, and where to write how far it is.
 
     Returns:
@@ -164,7 +167,8 @@ def fit(
             outputs = _forward(replica, images, bfloat16)
             # A clone, because a tensor of inference mode cannot be kept for the backward pass.
             soft = imitated(images).to(device).clone() if imitated else None
-            return _loss(task, config, outputs, targets, soft)
+            loss = _loss(task, config, outputs, targets, soft)
+            return loss + penalty() if penalty else loss
 
         n_steps = steps_per_epoch(task, config.batch_size)
         generator = torch.Generator().manual_seed(seed)
@@ -184,15 +188,16 @@ def fit(
             score = _validation_score(model, task, predict)
             if processes.is_main():
                 log.info("epoch %d of %d: validation %.4f", epoch + 1, config.epochs, score)
-            if score > max(course.scores, default=-math.inf):
+            if penalty or score > max(course.scores, default=-math.inf):
                 course.best = copy.deepcopy(model.state_dict())
             course.scores.append(score)
             if checkpoint:
                 checkpoint.save(course, config.epochs)
         model.load_state_dict(course.best)
         model.eval()
-    kept = max(course.scores)
-    return FitResult(kept, course.scores.index(kept) + 1, tuple(course.scores))
+    scores = tuple(course.scores)
+    kept = len(scores) if penalty else scores.index(max(scores)) + 1
+    return FitResult(scores[kept - 1], kept, scores)
 
 
 def predictor(

@@ -6,8 +6,6 @@ Without it a stage asks `launching` where its work belongs, which may start the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from filterpress.checkpoints import Checkpoint
     from filterpress.package import Package
     from filterpress.tasks import Task
-    from filterpress.training import FitConfig, Progress
 
 PLACES = ("out", "scratch", "nodes", "runtime")  # arguments that say where, not what
 
@@ -76,6 +73,7 @@ def train(
     from filterpress import models, package, settings
     from filterpress.checkpoints import name_of
     from filterpress.processes import first_here, from_main, is_main
+    from filterpress.retraining import shown
     from filterpress.tasks import load_task
     from filterpress.training import FitConfig, fit
 
@@ -97,7 +95,7 @@ def train(
     checkpoint = None
     if trains:
         checkpoint = _checkpoint(scratch, "train", given, weights=weights)
-        with _progress("train", its_task, fit_config) as advance:
+        with shown("train", its_task, fit_config) as advance:
             fit(network, its_task, fit_config, seed=seed, progress=advance, checkpoint=checkpoint)
     made = _package_of(network, model, its_task, trains)
     if is_main():
@@ -199,20 +197,18 @@ def retrain(
     from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
     checkpoint = _checkpoint(scratch, "retrain", given, model, trained)
-    with _progress("retrain", its_task, its_config) as advance:
-        network, notes = retrain_quantized(
-            source.network,
-            teacher.network,
-            its_task,
-            its_config,
-            floor=budget.min_accuracy,
-            reached=evaluated["validation_accuracy"],
-            max_bytes=budget.max_bytes,
-            size=lambda network: len(package.encode(source, network)),
-            seed=seed + attempt,
-            progress=advance,
-            checkpoint=checkpoint,
-        )
+    network, notes = retrain_quantized(
+        source.network,
+        teacher.network,
+        its_task,
+        its_config,
+        floor=budget.min_accuracy,
+        reached=evaluated["validation_accuracy"],
+        max_bytes=budget.max_bytes,
+        size=lambda network: len(package.encode(source, network)),
+        seed=seed + attempt,
+        checkpoint=checkpoint,
+    )
     told = {"stage": "retrain", "retrains": attempt + 1, **notes}
     report = hand_on(out, source, network, told, {})
     if checkpoint:
@@ -230,25 +226,3 @@ def _checkpoint(
     if not scratch:
         return None
     return Checkpoint(open_scratch(scratch), name_of(stage, given, packages, weights))
-
-
-@contextlib.contextmanager
-def _progress(description: str, task: Task, config: FitConfig) -> Iterator[Progress | None]:
-    """Show the steps of a training in the main process."""
-    from filterpress.processes import is_main
-    from filterpress.progress import progress
-    from filterpress.training import steps_per_epoch
-
-    if not is_main():
-        yield None
-        return
-    steps = config.epochs * steps_per_epoch(task, config.batch_size)
-    done = 0
-
-    def show(epoch: int, step: int, n_steps: int, _: float) -> None:
-        nonlocal done
-        before, done = done, epoch * n_steps + step
-        advance(done - before)  # more than one where a training goes on
-
-    with progress(description, steps) as advance:
-        yield show
