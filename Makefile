@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer. Everything else is installed into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+PRESET ?= patent-loop
 DATA ?= data
 ENGINE ?= docker
 IMAGE ?= filterpress-python:0.1.0
@@ -16,7 +17,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP) ## train a small network, compress it, release it, run it on a vehicle: runs/demo
-	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp $(ARGS)
+	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp \
+		--preset $(PRESET) $(ARGS)
 	test -d $(VEHICLE) || $(BIN)/filterpress-device init $(VEHICLE) --store runs/demo/release \
 		--root runs/demo/keys/root.json --development
 	$(BIN)/filterpress-device update $(VEHICLE)

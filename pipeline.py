@@ -57,6 +57,7 @@ from components.search import search
 from components.train import train
 from filterpress import files, terminal
 from filterpress.flags import Debug, Json, with_flags_of
+from filterpress.presets import DEFAULT
 from filterpress.release.keys import keys_for
 from filterpress.reporting import tried
 
@@ -116,6 +117,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         max_rounds: int = 2,
         max_retrains: int = 2,
         max_minutes: int = 60,
+        preset: str = DEFAULT,
         prune_config: str = "{}",
         cluster_config: str = "{}",
         reduce_config: str = "{}",
@@ -155,6 +157,8 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
             max_rounds: Goal: rounds allowed, up to what was compiled.
             max_retrains: Goal: retrains allowed in a round, up to what was compiled.
             max_minutes: Goal: time for finding the smallest file, where that is asked for.
+            preset: Methods: name of a system of methods and settings, such as patent-loop or
+                post-training, which the four below go over.
             prune_config: Methods: JSON object that names a pruning method and overrides its config.
             cluster_config: Methods: JSON object that names a clustering method and overrides its
                 config.

@@ -58,7 +58,8 @@ def check_parameters(parameters: dict[str, Any]) -> None:
         raise ValueError("sizes must be at least one, got []")
     for size in sizes:
         check_spelling(size, parameters["min_accuracy"])
-    stages.check_configs(**{k: v for k, v in parameters.items() if k.endswith("_config")})
+    configs = {k: v for k, v in parameters.items() if k.endswith("_config")}
+    stages.check_configs(parameters["preset"], **configs)
 
 
 def check_for_cluster(parameters: dict[str, Any], image: str) -> None:

@@ -1,7 +1,7 @@
 """The sweep: one network at several sizes, side by side, and the curve that they give.
 
 ```
-check -> train -> prune -> for each size: round-1 -> retrain-loop-1 -> curve
+check -> train -> for each size: prune -> round-1 -> retrain-loop-1 -> curve
 ```
 
 There is no condition in it: retrains pass on what was decided before them. KFP gathers the packages
@@ -18,6 +18,7 @@ from components.check import check
 from components.curve import curve
 from components.prune import prune
 from components.train import train
+from filterpress.presets import DEFAULT
 
 NAME = "filterpress-sweep"
 
@@ -57,6 +58,7 @@ def build_sweep(
         sizes: list = ["10x", "20x", "40x"],  # noqa: B006 (KFP copies it into the form)
         min_accuracy: str = "-1pp",
         max_retrains: int = 1,
+        preset: str = DEFAULT,
         prune_config: str = "{}",
         cluster_config: str = "{}",
         reduce_config: str = "{}",
@@ -88,6 +90,8 @@ def build_sweep(
             min_accuracy: Goal: accuracy up to which a network is retrained, a fraction (0.92), or
                 percentage points below the trained network (-1pp).
             max_retrains: Goal: retrains allowed for each size, up to what was compiled.
+            preset: Methods: name of a system of methods and settings, such as patent-loop or
+                post-training, which the four below go over.
             prune_config: Methods: JSON object that names a pruning method and overrides its config.
             cluster_config: Methods: JSON object that names a clustering method and overrides its
                 config.
@@ -106,9 +110,9 @@ def build_sweep(
         unused = {"max_size": "smallest", "max_minutes": 0, "store": "", "keys": ""}
         checked = call(check, given, **unused, **bounds, channel="", percent=100.0)
         given["trained"] = call(train, given, config=train_config).after(checked).outputs["trained"]
-        pruned = call(prune, given, model=given["trained"], config=prune_config)
         with dsl.ParallelFor(sizes, parallelism=policy.parallel) as size:
             given["max_size"] = size
+            pruned = call(prune, given, model=given["trained"], config=prune_config)
             start = {"model": pruned.outputs["pruned"], "state": "too-big"}
             smaller = call(one_round, given, **start)
             decided = {"model": smaller.outputs["model"], "decision": smaller.outputs["Output"]}

@@ -24,6 +24,7 @@ def check(
     keys: str,
     channel: str,
     percent: float,
+    preset: str,
     train_config: str,
     prune_config: str,
     cluster_config: str,
@@ -52,6 +53,7 @@ def check(
         keys: Folder of the signing keys.
         channel: Kind of vehicle and channel; empty for none.
         percent: Share of these vehicles that take part at once.
+        preset: Name of the methods and settings that those below go over.
         train_config: JSON: what overrides the training's config.
         prune_config: JSON: a method and what overrides its config.
         cluster_config: JSON: a method and what overrides its config.
@@ -80,6 +82,7 @@ def check(
         keys=keys,
         channel=channel,
         percent=percent,
+        preset=preset,
         train_config=train_config,
         prune_config=prune_config,
         cluster_config=cluster_config,

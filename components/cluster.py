@@ -11,6 +11,7 @@ def cluster(
     state: str,
     max_size: str,
     seed: int,
+    preset: str,
     config: str,
     data: str,
     data_dir: str,
@@ -20,19 +21,20 @@ def cluster(
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
-    """Share kernels between the filters of a layer.
+    """Let the weights of a layer share.
 
     Args:
         model: Package to compress.
         state: State of the round; "fits" passes the package on as it is.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over.
         config: JSON: a method and what overrides its config.
         data: Data set.
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
-        clustered: Package with shared kernels.
+        clustered: Package with shared weights.
         page: The story of the package so far.
         report: What the stage found.
     """
@@ -46,6 +48,7 @@ def cluster(
         state=state,
         max_size=max_size,
         seed=seed,
+        preset=preset,
         config=config,
         data=data,
         data_dir=data_dir,

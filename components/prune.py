@@ -8,7 +8,9 @@ from components import stage
 @stage
 def prune(
     model: dsl.Input[dsl.Model],
+    max_size: str,
     seed: int,
+    preset: str,
     config: str,
     data: str,
     data_dir: str,
@@ -18,17 +20,19 @@ def prune(
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
 ):
-    """Drop the filters that their layer can do without.
+    """Remove what the network can do without.
 
     Args:
         model: Package to compress.
+        max_size: Largest file, for methods that prune as far as it asks.
         seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over.
         config: JSON: a method and what overrides its config.
         data: Data set.
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
-        pruned: Package with fewer filters.
+        pruned: Package with less in it.
         page: The story of the package so far.
         report: What the stage found.
     """
@@ -39,7 +43,9 @@ def prune(
     found = stages.prune(
         Path(model.path),
         Path(pruned.path),
+        max_size=max_size,
         seed=seed,
+        preset=preset,
         config=config,
         data=data,
         data_dir=data_dir,

@@ -12,6 +12,7 @@ def reduce(
     max_size: str,
     round: int,
     seed: int,
+    preset: str,
     config: str,
     data: str,
     data_dir: str,
@@ -29,6 +30,7 @@ def reduce(
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         round: Number of this round, from 1.
         seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over.
         config: JSON: a method and what overrides its config.
         data: Data set.
         data_dir: Folder or bucket of the data set.
@@ -52,6 +54,7 @@ def reduce(
         max_size=max_size,
         round=round,
         seed=seed,
+        preset=preset,
         config=config,
         data=data,
         data_dir=data_dir,

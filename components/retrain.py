@@ -13,6 +13,7 @@ def retrain(
     max_size: str,
     min_accuracy: str,
     seed: int,
+    preset: str,
     config: str,
     data: str,
     data_dir: str,
@@ -34,6 +35,7 @@ def retrain(
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
         min_accuracy: Least accuracy: 0.92, or -1pp against the trained network.
         seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over.
         config: JSON: what overrides the retraining's config.
         data: Data set.
         data_dir: Folder or bucket of the data set.
@@ -58,6 +60,7 @@ def retrain(
         max_size=max_size,
         min_accuracy=min_accuracy,
         seed=seed,
+        preset=preset,
         config=config,
         data=data,
         data_dir=data_dir,

@@ -15,6 +15,7 @@ def search(
     max_retrains: int,
     size_tries: int,
     seed: int,
+    preset: str,
     cluster_config: str,
     reduce_config: str,
     retrain_config: str,
@@ -40,6 +41,7 @@ def search(
         max_retrains: Retrains for each size tried.
         size_tries: Pairs of cluster and reduce for each size tried.
         seed: Seed of everything random.
+        preset: Name of the methods and settings that those below go over.
         cluster_config: JSON: a method and what overrides its config.
         reduce_config: JSON: a method and what overrides its config.
         retrain_config: JSON: what overrides the retraining's config.
@@ -71,6 +73,7 @@ def search(
         max_retrains=max_retrains,
         size_tries=size_tries,
         seed=seed,
+        preset=preset,
         cluster_config=cluster_config,
         reduce_config=reduce_config,
         retrain_config=retrain_config,

@@ -38,7 +38,7 @@ TABLE = {"press": (press, Demo), "squeeze": (squeeze, Other)}
 @pytest.mark.parametrize("text", ["", "{}", " {} "])
 def test_no_text_is_no_overrides(text):
     assert parse(text) == {}
-    assert choose(TABLE, text) == (press, Demo())
+    assert choose(TABLE, text) == ("press", press, Demo())
 
 
 @pytest.mark.parametrize("text", ["[]", "1", '"x"', "null", "{", "epochs=3", "{'epochs': 3}"])
@@ -49,16 +49,28 @@ def test_text_that_is_no_json_object_is_refused_and_quoted(text):
 
 
 def test_the_first_method_is_the_default():
-    assert choose(TABLE, '{"epochs": 7}') == (press, Demo(epochs=7))
+    assert choose(TABLE, '{"epochs": 7}') == ("press", press, Demo(epochs=7))
 
 
 def test_a_method_is_chosen_by_name_with_its_own_fields():
-    assert choose(TABLE, '{"method": "squeeze", "depth": 4}') == (squeeze, Other(depth=4))
+    assert choose(TABLE, '{"method": "squeeze", "depth": 4}') == (
+        "squeeze",
+        squeeze,
+        Other(depth=4),
+    )
+
+
+def test_the_method_none_is_known_everywhere_and_has_no_fields():
+    assert choose(TABLE, '{"method": "none"}') == ("none", None, None)
+    with pytest.raises(ValueError, match=r"method none has no fields, got \['epochs'\]"):
+        choose(TABLE, '{"method": "none", "epochs": 3}')
 
 
 @pytest.mark.parametrize("name", ['"crush"', "3", "null", "[]", "{}"])
 def test_an_unknown_method_is_refused_with_those_there_are(name):
-    with pytest.raises(ValueError, match=r"method must be one of \['press', 'squeeze'\], got"):
+    with pytest.raises(
+        ValueError, match=r"method must be one of \['none', 'press', 'squeeze'\], got"
+    ):
         choose(TABLE, f'{{"method": {name}}}')
 
 

@@ -19,16 +19,14 @@ from safetensors.torch import load_file, save_file
 from filterpress import package, reporting, stages
 from filterpress.codec import decode, encode, make_delta
 from filterpress.errors import BudgetError, DataError, ModelError, PackageError, ReleaseError
-from filterpress.methods import Outcome
-from filterpress.methods.merge_filters import MergeConfig
 from filterpress.release import create_keys, fetch, latest, publish_network, rollout
-from filterpress.stages import shrinking
 from tests import tiny
 from tests.in_two import under_torchrun
 from tests.tiny import FILES
 
 TASK = {"task": "tests.tiny:task"}
 TIGHT = {"max_size": "970"}
+NONE = '{"method": "none"}'
 RETRAIN = json.dumps({"epochs": 8, "lr": 0.02, "batch_size": 64, "precision": "float32"})
 COMMON_NUMBERS = {
     *(
@@ -225,23 +223,47 @@ def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tm
 
 
 def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, monkeypatch):
-    def change_nothing(network, images, config, **given):
-        return Outcome(network, {"allocation": "none"}, {})
-
     def encode(source, network, encode=package.encode):
         encoded.append(network)
         return encode(source, network)
 
     encoded = []
-    monkeypatch.setattr(shrinking, "reducers", lambda: {"none": (change_nothing, MergeConfig)})
     monkeypatch.setattr(package, "encode", encode)
     n_bytes = report_of(made / "prune")["n_bytes"]
     for out, limit, state in (("fits", n_bytes, "fits"), ("too-big", n_bytes - 1, "too-big")):
-        report = stages.reduce(made / "prune", tmp_path / out, max_size=str(limit), **TASK)
+        report = stages.reduce(
+            made / "prune", tmp_path / out, max_size=str(limit), config=NONE, **TASK
+        )
         assert (report["state"], report["max_bytes"]) == (state, limit)
         _, *of_the_result = encoded  # the first is for the least size that there is
         assert len(of_the_result) == 1
         encoded.clear()
+
+
+def test_the_method_none_passes_the_network_on_in_every_stage(made, tmp_path):
+    expected = package.load(made / "train")
+    for stage, given in {"prune": {}, "cluster": TIGHT, "reduce": TIGHT}.items():
+        out = tmp_path / stage
+        report = getattr(stages, stage)(made / "train", out, config=NONE, **given, **TASK)
+        assert (report["stage"], report["method"]) == (stage, "none")
+        passed = package.load(out)
+        assert package.encode(passed, passed.network) == package.encode(expected, expected.network)
+    out = tmp_path / "retrain"
+    stages.retrain(made / "evaluate", made / "train", out, config=NONE, **TIGHT, **TASK)
+    for file in FILES:
+        assert (out / file).read_bytes() == (made / "evaluate" / file).read_bytes()
+
+
+def test_a_preset_configures_every_stage_and_a_config_goes_over_it(made, tmp_path):
+    report = stages.prune(made / "train", tmp_path / "0", preset="post-training", **TASK)
+    assert report["method"] == "none"
+    for out, config, method in (("1", "{}", "quantize"), ("2", '{"method": "project"}', "project")):
+        report = stages.reduce(
+            made / "prune", tmp_path / out, preset="post-training", config=config, **TIGHT, **TASK
+        )
+        assert report["method"] == method
+    with pytest.raises(ValueError, match=r"preset must be one of .*post-training.*, got 'fast'"):
+        stages.reduce(made / "prune", tmp_path / "3", preset="fast", **TIGHT, **TASK)
 
 
 def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):

@@ -16,6 +16,7 @@ import typer
 from filterpress import files, release_commands, stages, terminal
 from filterpress.flags import Debug, Json, with_flags_of
 from filterpress.loop import compress
+from filterpress.presets import PRESETS, told
 
 app = typer.Typer(
     name="filterpress",
@@ -62,6 +63,16 @@ for _stage in (
     compress,
 ):
     add_stage(_stage)
+
+
+@app.command()
+def presets(json: Json = False) -> None:
+    """List the presets: whole systems of methods and settings by one name."""
+    rows = [{"preset": name, **told(preset)} for name, preset in PRESETS.items()]
+    if json:
+        terminal.show({"presets": rows}, as_json=True)
+    else:
+        terminal.show_table("--preset NAME", rows)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Any
 from filterpress import files, stages
 from filterpress.budget import SMALLEST
 from filterpress.errors import PackageError
+from filterpress.presets import DEFAULT
 from filterpress.reporting import write_html
 from filterpress.stages.rounds import Run, one_round
 
@@ -49,6 +50,7 @@ def compress(
     name: str = "filterpress",
     channel: str = "any/stable",
     percent: float = 100.0,
+    preset: str = DEFAULT,
     train_config: str = "{}",
     prune_config: str = "{}",
     cluster_config: str = "{}",
@@ -87,6 +89,8 @@ def compress(
         channel: Kind of vehicle and name of the channel that shall name the release; empty for
             none.
         percent: Share of these vehicles that take part at once.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
         train_config: JSON object with fields of FitConfig, such as {"epochs": 10}.
         prune_config: JSON object with a method of the prune stage and fields of its config.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.

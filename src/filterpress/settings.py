@@ -1,14 +1,26 @@
-"""Read a stage's configuration: JSON text that names a method and overrides its defaults."""
+"""Read a stage's configuration: JSON text that names a method and overrides its defaults.
+
+Every stage knows the method ``none``, which passes the network on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 C = TypeVar("C")
 Table = Mapping[str, tuple[Callable[..., Any], type]]
+NONE = "none"
+
+
+class Choice(NamedTuple):
+    """A stage's method, and how it is to be applied."""
+
+    name: str
+    method: Callable[..., Any] | None  # None passes the network on
+    config: Any
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -66,22 +78,23 @@ def _like_default(name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     return type(default)(value)  # type: ignore[misc]  # every field has a default
 
 
-def choose(table: Table, text: str) -> tuple[Callable[..., Any], Any]:
+def choose(table: Table, text: str) -> Choice:
     """Choose a stage's method and its configuration.
 
     Args:
         table: Methods and their config classes by name; the first one is the default.
         text: JSON object with the name under ``method`` and overrides of its config.
 
-    Returns:
-        The method and its config.
-
     Raises:
         ValueError: There is no such method or field, or a value breaks its rule.
     """
     fields = parse(text)
     name = fields.pop("method", next(iter(table)))
+    if name == NONE:
+        if fields:
+            raise ValueError(f"method none has no fields, got {sorted(fields)}")
+        return Choice(NONE, None, None)
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"method must be one of {sorted(table)}, got {name!r}")
+        raise ValueError(f"method must be one of {sorted([*table, NONE])}, got {name!r}")
     method, kind = table[name]
-    return method, configure(kind, fields)
+    return Choice(name, method, configure(kind, fields))

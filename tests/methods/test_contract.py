@@ -177,7 +177,8 @@ def test_the_default_config_is_valid_and_its_text_rebuilds_it(stage, method):
     function, kind = TABLES[stage][method]
     config = kind()
     assert eval(repr(config), {kind.__name__: kind}) == config  # noqa: S307  # what repr is for
-    assert settings.choose(TABLES[stage], f'{{"method": "{method}"}}') == (function, config)
+    chosen = settings.choose(TABLES[stage], f'{{"method": "{method}"}}')
+    assert chosen == (method, function, config)
 
 
 @every_method

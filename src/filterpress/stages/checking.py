@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from filterpress import launching
-from filterpress.budget import Budget, check_spelling
+from filterpress.budget import SMALLEST, Budget, check_spelling
+from filterpress.presets import DEFAULT
 from filterpress.scratch import open_scratch
 from filterpress.stages.handover import Report
-from filterpress.stages.tables import check_configs
+from filterpress.stages.shrinking import trains
+from filterpress.stages.tables import check_configs, chosen
 
 
 def check(
@@ -32,6 +34,7 @@ def check(
     keys: str = "",
     channel: str = "any/stable",
     percent: float = 100.0,
+    preset: str = DEFAULT,
     train_config: str = "{}",
     prune_config: str = "{}",
     cluster_config: str = "{}",
@@ -62,6 +65,8 @@ def check(
         keys: Folder of signing keys.
         channel: Kind of vehicle and name of the channel; empty for none.
         percent: Share of these vehicles that take part at once.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
         train_config: JSON object with fields of FitConfig.
         prune_config: JSON object with a method of the prune stage and fields of its config.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.
@@ -89,12 +94,18 @@ def check(
                 f"{name} must be at most {most}, as the pipeline was compiled, got {value}"
             )
     check_configs(
+        preset,
         train_config=train_config,
         prune_config=prune_config,
         cluster_config=cluster_config,
         reduce_config=reduce_config,
         retrain_config=retrain_config,
     )
+    if max_size == SMALLEST and not sizes and trains(chosen("prune", preset, prune_config)):
+        raise ValueError(
+            "max_size must be a size where the network is pruned as far as it asks, got "
+            f"{max_size!r}: name another method for prune_config"
+        )
     _check_sources(model, data, image_size, task)
     launching.check(nodes, scratch)
     if scratch:

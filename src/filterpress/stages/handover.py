@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def hand_on(
     source: Package,
     network: nn.Module,
     report: Report,
-    layers: dict[str, Any],
+    layers: Mapping[str, Mapping[str, Any]],
     max_bytes: int | None = None,
 ) -> Report:
     """Write the package of a stage that changed the network, and complete its report.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from filterpress import files, launching
 from filterpress.launching.work import Work
+from filterpress.presets import DEFAULT
 from filterpress.stages.handover import (
     Report,
     budget_of,
@@ -21,6 +22,7 @@ from filterpress.stages.handover import (
     settled,
     task_of,
 )
+from filterpress.stages.tables import chosen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,6 +150,7 @@ def retrain(
     scratch: str = "",
     nodes: int = 1,
     runtime: str = "filterpress",
+    preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
     """Fine-tune the quantised network to imitate the trained one, until the floor is met.
@@ -169,20 +172,23 @@ def retrain(
         nodes: Machines to train on; more than one needs a Kubernetes cluster with Kubeflow Trainer,
             and scratch in a bucket.
         runtime: TrainingRuntime of the machines.
-        config: JSON object with fields of RetrainConfig, such as {"epochs": 5}.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
+        config: JSON object with fields of RetrainConfig, such as {"epochs": 5}; with
+            {"method": "none"} the network is passed on as it is.
 
     Returns:
         Report with the epochs used and the validation accuracy reached.
     """
     given = {k: v for k, v in locals().items() if k not in (*PLACES, "model", "trained")}
-    from filterpress import package, settings
+    from filterpress import package
     from filterpress.checkpoints import name_of
     from filterpress.processes import first_here, from_main
-    from filterpress.retraining import RetrainConfig, retrain_quantized
 
-    if settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",)):
+    done = settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",))
+    choice = chosen("retrain", preset, config)
+    if done or choice.method is None:
         return from_main(lambda: pass_on(model, out))
-    its_config = settings.configure(RetrainConfig, settings.parse(config))
     launching.check(nodes, scratch)
     source, teacher = package.load(model), package.load(trained)
     budget = budget_of(source, max_size, min_accuracy)
@@ -197,11 +203,11 @@ def retrain(
     from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
     checkpoint = _checkpoint(scratch, "retrain", given, model, trained)
-    network, notes = retrain_quantized(
+    network, notes = choice.method(
         source.network,
         teacher.network,
         its_task,
-        its_config,
+        choice.config,
         floor=budget.min_accuracy,
         reached=evaluated["validation_accuracy"],
         max_bytes=budget.max_bytes,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from filterpress import files, launching
 from filterpress.budget import SMALLEST
 from filterpress.errors import BudgetError
+from filterpress.presets import DEFAULT
 from filterpress.stages.handover import ENCODED, Report, pass_on
 from filterpress.stages.rounds import Run, one_round
 
@@ -53,6 +54,7 @@ def search(
     scratch: str = "",
     nodes: int = 1,
     runtime: str = "filterpress",
+    preset: str = DEFAULT,
     cluster_config: str = "{}",
     reduce_config: str = "{}",
     retrain_config: str = "{}",
@@ -82,6 +84,8 @@ def search(
         nodes: Machines to retrain on; more than one needs a Kubernetes cluster with Kubeflow
             Trainer, and scratch in a bucket.
         runtime: TrainingRuntime of the machines.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
         cluster_config: JSON object with a method of the cluster stage and fields of its config.
         reduce_config: JSON object with a method of the reduce stage and fields of its config.
         retrain_config: JSON object with fields of RetrainConfig.

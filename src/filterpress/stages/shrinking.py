@@ -1,10 +1,17 @@
-"""The stages that make the network smaller: ``prune``, ``cluster`` and ``reduce``."""
+"""The stages that make the network smaller: ``prune``, ``cluster`` and ``reduce``.
+
+A method looks at calibration images, and never at their labels, or it trains: then it is given the
+task, and what the file shall meet already in ``prune``.
+"""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filterpress import files
+from filterpress.presets import DEFAULT
 from filterpress.stages.handover import (
     Report,
     hand_on,
@@ -13,45 +20,59 @@ from filterpress.stages.handover import (
     settled,
     task_of,
 )
-from filterpress.stages.tables import clusterers, pruners, reducers
+from filterpress.stages.tables import chosen
+
+if TYPE_CHECKING:
+    from filterpress.fitting import Goal
+    from filterpress.methods import Outcome
+    from filterpress.package import Package
+    from filterpress.settings import Choice
+    from filterpress.tasks import Task
 
 
 def prune(
     model: Path,
     out: Path,
     *,
+    max_size: str = "12x",
     data: str = "digits",
     data_dir: str = "",
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
-    """Remove the filters that another filter of their layer can stand in for.
+    """Remove what the network can do without: by default, filters that another can stand in for.
 
     Args:
         model: Package to prune.
         out: Package to write.
+        max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights); for
+            methods that train and prune as far as it asks.
         data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
-        seed: Seed of the choice of calibration images.
-        config: JSON object with a method and fields of its config, such as {"threshold": 0.9}.
+        seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
+        config: JSON object with a method and fields of its config, such as {"threshold": 0.9};
+            the method none passes the network on.
 
     Returns:
-        Report with the number of filters removed and the size that is left.
+        Report with what was removed and the size that is left.
     """
-    from filterpress import package, settings
-    from filterpress.tasks import calibration
+    from filterpress import package
 
-    method, its_config = settings.choose(pruners(), config)
+    choice = chosen("prune", preset, config)
     source = package.load(model)
+    goal = _goal(source, max_size) if trains(choice) else None
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = calibration(its_task, its_config.images, seed)
-    outcome = method(source.network, images, its_config, seed=seed)
-    return hand_on(out, source, outcome.model, {"stage": "prune", **outcome.notes}, outcome.layers)
+    outcome = _apply(choice, source, its_task, seed, goal)
+    report = {"stage": "prune", "method": choice.name, **outcome.notes}
+    return hand_on(out, source, outcome.model, report, outcome.layers)
 
 
 def cluster(
@@ -65,9 +86,10 @@ def cluster(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
-    """Cluster the filters of each layer by what they compute, and merge each cluster into one.
+    """Let weights share: by default, filters that compute nearly the same become one.
 
     Args:
         model: Package to shrink.
@@ -78,27 +100,27 @@ def cluster(
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
-        seed: Seed of the choice of calibration images and of k-means.
-        config: JSON object with a method and fields of its config.
+        seed: Seed of the choice of calibration images and of the first centres.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
+        config: JSON object with a method and fields of its config; the method none passes the
+            network on.
 
     Returns:
-        Report with the number of filters merged and the size that is left.
+        Report with what was shared and the size that is left.
     """
-    from filterpress import package, settings
-    from filterpress.tasks import calibration
+    from filterpress import package
 
     if settled(state, ("fits",), ("too-big",)):
         return pass_on(model, out)
-    method, its_config = settings.choose(clusterers(), config)
+    choice = chosen("cluster", preset, config)
     source = package.load(model)
-    max_bytes = max_bytes_of(source, max_size)
+    goal = _goal(source, max_size)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = calibration(its_task, its_config.images, seed)
-    outcome = method(source.network, images, its_config, max_bytes=max_bytes, seed=seed)
-    return hand_on(
-        out, source, outcome.model, {"stage": "cluster", **outcome.notes}, outcome.layers
-    )
+    outcome = _apply(choice, source, its_task, seed, goal)
+    report = {"stage": "cluster", "method": choice.name, **outcome.notes}
+    return hand_on(out, source, outcome.model, report, outcome.layers)
 
 
 def reduce(
@@ -113,6 +135,7 @@ def reduce(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
     """Quantise the weights, by default of projected input channels, so that the file fits.
@@ -127,35 +150,59 @@ def reduce(
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
-        seed: Seed of the choice of calibration images.
+        seed: Seed of everything random.
+        preset: Name of the methods and settings that config goes over; `filterpress presets`
+            lists them.
         config: JSON object with a method and fields of its config, such as {"max_groups": 1}, or
-            {"method": "quantize", "bits": 4}.
+            {"method": "quantize", "bits": 4}; the method none passes the network on.
 
     Returns:
         Report with the size; its ``state`` is fits or too-big.
     """
-    from filterpress import package, settings
-    from filterpress.tasks import calibration
+    from filterpress import package
 
     if settled(state, ("fits",), ("too-big",)):
         return pass_on(model, out) | {"state": state}
-    method, its_config = settings.choose(reducers(), config)
+    choice = chosen("reduce", preset, config)
     source = package.load(model)
-    max_bytes = max_bytes_of(source, max_size)
+    goal = _goal(source, max_size, avoid=_failed(source, round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    images = calibration(its_task, its_config.images, seed)
-    failed = [
-        h["allocation"] for h in source.history if h["stage"] == "reduce" and h["round"] < round
-    ]
-    outcome = method(
-        source.network,
-        images,
-        its_config,
-        max_bytes=max_bytes,
-        size=lambda network: len(package.encode(source, network)),
-        avoid=frozenset(failed),
-        seed=seed,
+    outcome = _apply(choice, source, its_task, seed, goal)
+    report = {"stage": "reduce", "method": choice.name, "round": round, **outcome.notes}
+    return hand_on(out, source, outcome.model, report, outcome.layers, goal.max_bytes)
+
+
+def trains(choice: Choice) -> bool:
+    """Tell whether a stage's method trains, and so looks at labels."""
+    from filterpress.training import FitConfig
+
+    return isinstance(choice.config, FitConfig)
+
+
+def _goal(source: Package, max_size: str, avoid: frozenset[str] = frozenset()) -> Goal:
+    from filterpress import package
+    from filterpress.fitting import Goal
+
+    return Goal(
+        max_bytes_of(source, max_size), lambda network: len(package.encode(source, network)), avoid
     )
-    report = {"stage": "reduce", "round": round, **outcome.notes}
-    return hand_on(out, source, outcome.model, report, outcome.layers, max_bytes)
+
+
+def _failed(source: Package, round: int) -> frozenset[str]:
+    """Return the allocations of earlier rounds."""
+    reduced = [h for h in source.history if h["stage"] == "reduce" and h["round"] < round]
+    return frozenset(h["allocation"] for h in reduced if "allocation" in h)
+
+
+def _apply(choice: Choice, source: Package, task: Task, seed: int, goal: Goal | None) -> Outcome:
+    """Apply a method to the network of a package."""
+    from filterpress.methods import Outcome
+    from filterpress.tasks import calibration
+
+    if choice.method is None:
+        return Outcome(copy.deepcopy(source.network), {}, {})
+    data = task if trains(choice) else calibration(task, choice.config.images, seed)
+    more = {} if goal is None else {"goal": goal}
+    made: Outcome = choice.method(source.network, data, choice.config, **more, seed=seed)
+    return made

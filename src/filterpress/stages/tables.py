@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from filterpress.settings import Table
+from filterpress import settings
+from filterpress.presets import DEFAULT, PRESETS, overlay
+from filterpress.settings import Choice, Table
 
 
 def pruners() -> Table:
@@ -33,27 +32,58 @@ def reducers() -> Table:
     }
 
 
-def check_configs(**configs: str) -> None:
+def retrainers() -> Table:
+    """Methods of the ``retrain`` stage."""
+    from filterpress.retraining import RetrainConfig, retrain_quantized
+
+    return {"imitate": (retrain_quantized, RetrainConfig)}
+
+
+TABLES = {
+    "prune": pruners,
+    "cluster": clusterers,
+    "reduce": reducers,
+    "retrain": retrainers,
+}
+
+
+def chosen(stage: str, preset: str, config: str) -> Choice:
+    """Choose a stage's method and its configuration.
+
+    Args:
+        stage: Name of the stage.
+        preset: Name of the preset, see `presets`.
+        config: JSON object of the user's own.
+
+    Raises:
+        ValueError: There is no such preset, method or field, or a value breaks its rule.
+    """
+    return settings.choose(TABLES[stage](), overlay(preset, stage, config))
+
+
+def check_configs(preset: str = DEFAULT, train_config: str = "{}", **configs: str) -> None:
     """Refuse configurations that a stage would refuse.
 
     Args:
-        configs: JSON text by the names that `filterpress.compress` gives them.
+        preset: Name of the preset.
+        train_config: JSON object with fields of FitConfig.
+        configs: JSON objects of the other stages, by the names that `filterpress.compress` gives
+            them.
 
     Raises:
         ValueError: There is no such method or field, or a value breaks its rule.
     """
-    from filterpress import settings
-    from filterpress.retraining import RetrainConfig
     from filterpress.training import FitConfig
 
-    tables = {"prune": pruners, "cluster": clusterers, "reduce": reducers}
-    kinds = {"train": FitConfig, "retrain": RetrainConfig}
-    for key, text in configs.items():
-        stage = key.removesuffix("_config")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    try:
+        settings.configure(FitConfig, settings.parse(train_config))
+    except ValueError as error:
+        raise ValueError(f"train_config: {error}") from error
+    for stage in TABLES:
+        key = f"{stage}_config"
         try:
-            if stage in kinds:
-                settings.configure(kinds[stage], settings.parse(text))
-            else:
-                settings.choose(tables[stage](), text)
+            chosen(stage, preset, configs.get(key, "{}"))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error

@@ -1,0 +1,86 @@
+"""Whole systems by one name: what each stage of the loop is configured with.
+
+A preset is as its source describes the system, with the budget of the run in place of numbers for
+each layer. What a user configures besides goes over it, field by field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from filterpress import settings
+
+DEFAULT = "patent-loop"
+Fields = Mapping[str, Any]
+OFF: Fields = MappingProxyType({"method": settings.NONE})
+AS_IT_IS: Fields = MappingProxyType({})
+
+
+class Preset(NamedTuple):
+    """The configuration of each stage that makes the network smaller, or trains it after that."""
+
+    summary: str
+    prune: Fields = AS_IT_IS
+    cluster: Fields = AS_IT_IS
+    reduce: Fields = AS_IT_IS
+    retrain: Fields = AS_IT_IS
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        DEFAULT: Preset(
+            "Similar filters removed and merged, channels projected, steps, retraining."
+        ),
+        "post-training": Preset(
+            "No labels and no training: widths of integers, chosen by layer.",
+            prune=OFF,
+            cluster=OFF,
+            reduce={"method": "quantize"},
+            retrain=OFF,
+        ),
+    }
+)
+
+
+def told(preset: Preset) -> dict[str, str]:
+    """Say in a few words what a preset is and what it does in each stage."""
+    stages = {stage: fields for stage, fields in preset._asdict().items() if stage != "summary"}
+    return {"summary": preset.summary} | {s: _in_words(f) for s, f in stages.items()}
+
+
+def _in_words(fields: Fields) -> str:
+    words = [str(v) if k == "method" else f"{k} {v}" for k, v in fields.items()]
+    return ", ".join(words) or "default"
+
+
+def overlay(preset: str, stage: str, config: str) -> str:
+    """Lay a user's configuration of a stage over that of a preset.
+
+    Args:
+        preset: Name of the preset.
+        stage: prune, cluster, reduce or retrain.
+        config: JSON object of the user's own. Where it names another method than the preset, only
+            its fields count.
+
+    Returns:
+        JSON object of both.
+
+    Raises:
+        ValueError: There is no such preset, or the text is no JSON object.
+
+    Example:
+        >>> overlay("post-training", "reduce", '{"bits": 4}')
+        '{"method": "quantize", "bits": 4}'
+        >>> overlay("post-training", "reduce", '{"method": "project"}')
+        '{"method": "project"}'
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    base: Fields = getattr(PRESETS[preset], stage)
+    own = settings.parse(config)
+    if own.get("method", base.get("method")) != base.get("method"):
+        return json.dumps(own)
+    return json.dumps({**base, **own})
