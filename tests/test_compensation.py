@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from filterpress.compensation import (
     refit,
     solve,
 )
+from filterpress.errors import ModelError
 from filterpress.statistics import Moments, measure
 from filterpress.surgery import channel_groups
 from tests import networks
@@ -173,6 +175,26 @@ def test_compensation_beats_cutting_alone():
     damage = cut_compensated_(network, [group], [keep], moments)
     assert float((network(images) - before).square().mean()) < float(bare)
     assert damage < bare_damage
+
+
+@torch.no_grad()
+def test_channels_whose_readers_were_pruned_are_not_cut_and_a_dead_input_is_no_pruned_one():
+    network, images = networks.make("flattening"), networks.images(100)
+    network[0].weight[5], network[0].bias[5] = (
+        0,
+        -1.0,
+    )  # never fires: its readers see nothing
+    network[3].weight[:, 5] = 0
+    group = group_of(network, "0", images)
+    keep = torch.arange(group.n_channels) != 2
+    cut_compensated_(copy.deepcopy(network), [group], [keep], measure(network, images))
+    network[3].weight[torch.rand(network[3].weight.shape, generator=generator()) < 0.3] = 0
+    before = network[3].weight.clone()
+    with pytest.raises(
+        ModelError, match=r"channels that 3 reads cannot be cut: \d+% of its weights"
+    ):
+        cut_compensated_(network, [group], [keep], measure(network, images))
+    assert network[3].weight.equal(before)
 
 
 def test_solve_is_the_inverse_where_there_is_one():

@@ -16,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from filterpress.errors import ModelError
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, eigen, regular
 from filterpress.surgery import ChannelGroup, Member, keep_channels_
+
+PRUNED = 0.01  # share of exact zeros in a layer from which they are no accident
 
 
 class ChannelStatistics(NamedTuple):
@@ -88,6 +91,9 @@ def cut_compensated_(
 
     Returns:
         The damage ``D`` that is left, summed over the layers that read the channels.
+
+    Raises:
+        ModelError: Weights that would be solved again have been pruned.
     """
     stay: dict[str, Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
@@ -100,11 +106,24 @@ def cut_compensated_(
         if features.all():
             continue
         weight = model.get_parameter(f"{name}.weight").detach()
+        _refuse_pruned(name, weight, moments[name])
         solved = refit(weight, moments[name], features)
         damage += moments[name].error(solved - weight)
         weight.copy_(solved)
     keep_channels_(model, groups, kept)
     return damage
+
+
+def _refuse_pruned(name: str, weight: Tensor, moments: Moments) -> None:
+    """Refuse to fill connections that were taken out before."""
+    seen = moments.inputs[0].diagonal() > 0  # what is never seen is zero after a cut
+    share = float((weight.flatten(1)[:, seen] == 0).float().mean()) if seen.any() else 0.0
+    if share > PRUNED:
+        raise ModelError(
+            f"channels that {name} reads cannot be cut: {share:.0%} of its weights have been pruned "
+            "and would be filled again; cut channels before connections, or let the stage's "
+            "method be none"
+        )
 
 
 def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def task(name):
 
 
 def budget(stage, name):
-    """Choose bytes that a stage has to work for: `cluster` counts weights, others the whole file."""
+    """Choose bytes that a stage has to work for: `cluster` counts weights, others the file."""
     if stage == "cluster":
         return n_weights(source(name)) // 4
     return size_of(name, source(name)) // 2
