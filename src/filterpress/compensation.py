@@ -120,9 +120,9 @@ def _refuse_pruned(name: str, weight: Tensor, moments: Moments) -> None:
     share = float((weight.flatten(1)[:, seen] == 0).float().mean()) if seen.any() else 0.0
     if share > PRUNED:
         raise ModelError(
-            f"channels that {name} reads cannot be cut: {share:.0%} of its weights have been pruned "
-            "and would be filled again; cut channels before connections, or let the stage's "
-            "method be none"
+            f"channels that {name} reads cannot be cut: {share:.0%} of its weights have been "
+            "pruned and would be filled again; cut channels before connections, or let the "
+            "stage's method be none"
         )
 
 
