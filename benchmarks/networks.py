@@ -106,7 +106,7 @@ class Runs(NamedTuple):
         """Train the network, unless that is done; say what came of it and how long it took."""
         folder, seconds = self.out / "train", None
         if not folder.exists():
-            seconds = self._run("train", folder, "--config", self.network.train)
+            seconds = self.run("train", folder, "--config", self.network.train)
         package: Json = json.loads((folder / "model.json").read_text())
         digest = package["weights_sha256"]
         return {**package["baseline"], "weights_sha256": digest, "seconds": seconds}
@@ -119,7 +119,7 @@ class Runs(NamedTuple):
         folder = self.out / size
         new, seconds = not folder.exists(), None
         if not (folder / "report.json").exists():
-            seconds = self._run(
+            seconds = self.run(
                 *("compress", folder, "--weights", str(self.out / "train" / "weights.safetensors")),
                 *("--max-size", size, "--min-accuracy", "-0pp", "--max-rounds", "1"),
                 *("--max-retrains", str(int(size in self.network.retrained))),
@@ -136,11 +136,12 @@ class Runs(NamedTuple):
             for series, report in made.items()
         ]
 
-    def _run(self, command: str, out: Path, *own: str) -> int:
+    def run(self, command: str, out: Path, *own: str, seed: int = 0) -> int:
         """Run a command of filterpress and return its seconds."""
         called = [sys.executable, "-m", "filterpress", command, "--out", str(out), *own]
         called += ["--model", self.network.model, "--image-size", str(self.network.image_size)]
-        called += ["--data", "fashion-mnist", "--data-dir", self.data_dir, "--seed", "0", "--json"]
+        called += ["--data", "fashion-mnist", "--data-dir", self.data_dir, "--json"]
+        called += ["--seed", str(seed)]
         started = time.perf_counter()
         done = subprocess.run(called, check=False, stdout=subprocess.DEVNULL)
         if done.returncode not in (0, NOT_MET):

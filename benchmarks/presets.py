@@ -1,0 +1,197 @@
+"""Compare the presets: the same trained networks, sizes and epochs, three seeds.
+
+    python benchmarks/presets.py --data-dir DIR [--only resnet-20 ...] [--presets NAME ...]
+        [--sizes 20x ...] [--seeds 0 ...]
+
+A network is trained once, as for `networks.py`. Each point is one call of ``filterpress compress
+--preset NAME`` with the trained weights, for one size and one seed, timed as a whole process; the
+floor is the accuracy of the trained network, so that hardly any stops early. Every preset may train
+for `EPOCHS` epochs in all: those that train while they prune or quantise have so many fewer to
+retrain with, and ``post-training`` has none.
+
+Latency is that of the decoded file in onnxruntime on one thread, one image at a time, against the
+trained network's own in turns with it (see `latency.py`).
+
+Results go to ``benchmarks/results/presets``, one file a network, after every point; points that are
+there are not run again. Then ``docs/presets.svg`` is drawn and the table of README.md printed,
+which ``--draw`` does alone. The committed results are of ``OMP_NUM_THREADS=1``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import latency
+import networks
+from preset_plot import draw
+
+from filterpress import files, settings
+from filterpress.presets import PRESETS
+from filterpress.stages import ENCODED
+
+RESULTS = Path(__file__).parent / "results" / "presets"
+DRAWING = Path(__file__).parents[1] / "docs" / "presets.svg"
+SIZES = {"resnet-18": ("100x", "350x"), "resnet-20": ("10x", "20x")}
+SEEDS = (0, 1, 2)
+EPOCHS = 2
+TRAINED = {  # epochs of the presets that train before the stage retrain, of these
+    "saliency-birch": {"prune": 1},
+    "deep-compression": {"prune": 1},
+    "learned-threshold": {"prune": 1},
+    "mac-budget": {"prune": 1},
+    "joint": {"reduce": 1},
+}
+KEPT = ("decision", "n_bytes", "ratio", "accuracy", "validation_accuracy", "macs", "sha256")
+Json = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """One run."""
+
+    preset: str
+    size: str
+    seed: int
+
+    @property
+    def key(self) -> Json:
+        """What tells it from the others."""
+        return {"preset": self.preset, "max_size": self.size, "seed": self.seed}
+
+
+def flags_of(preset: str) -> list[str]:
+    """Share the epochs out among the stages that train."""
+    early = TRAINED.get(preset, {})
+    flags = [
+        text
+        for stage, epochs in early.items()
+        for text in (f"--{stage}-config", json.dumps({"epochs": epochs}))
+    ]
+    if PRESETS[preset].retrain.get("method") == settings.NONE:
+        return [*flags, "--max-retrains", "0"]
+    left = {"epochs": EPOCHS - sum(early.values()), "margin": 0.5}  # no early stop
+    return [*flags, "--max-retrains", "1", "--retrain-config", json.dumps(left)]
+
+
+def run(runs: networks.Runs, point: Point) -> Json:
+    """Compress the trained network, and measure the file."""
+    folder = runs.out / f"{point.preset}-{point.size}-{point.seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its time is not known
+    seconds = runs.run(
+        *("compress", folder, "--weights", str(runs.out / "train" / "weights.safetensors")),
+        *("--preset", point.preset, "--max-size", point.size, "--min-accuracy", "-0pp"),
+        *("--max-rounds", "1", *flags_of(point.preset)),
+        seed=point.seed,
+    )
+    report = json.loads((folder / "report.json").read_text())
+    last = max(folder.glob("round-1/evaluate*"))
+    times = latency.compare(runs.out / "train", last / ENCODED)
+    made = {**point.key, **{name: report[name] for name in KEPT}, "seconds": seconds, **times}
+    shutil.rmtree(folder)
+    return made
+
+
+def load(name: str) -> Json:
+    """Read what is known of a network; nothing, if it was never run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {"baseline": {}, "points": []}
+
+
+def complete(name: str, runs: networks.Runs, wanted: list[Point]) -> None:
+    """Add the points that are missing to a network's results.
+
+    Raises:
+        ValueError: The results are of other trained weights.
+    """
+    result = load(name)
+    there = [{k: point[k] for k in ("preset", "max_size", "seed")} for point in result["points"]]
+    missing = [point for point in wanted if point.key not in there]
+    if not missing:
+        return
+    before, now = result["baseline"], runs.baseline()
+    if before and before["weights_sha256"] != now["weights_sha256"]:
+        raise ValueError(f"{name}.json must be of the weights in {runs.out}: remove one of them")
+    result["baseline"] = before or now
+    for point in missing:
+        print(name, *point, flush=True)
+        result["points"].append(run(runs, point))
+        result["points"].sort(
+            key=lambda p: (list(PRESETS).index(p["preset"]), p["ratio"], p["seed"])
+        )
+        text = json.dumps(result, indent=1) + "\n"
+        files.write(RESULTS / f"{name}.json", text.encode())
+
+
+def rows(result: Json) -> Iterator[Json]:
+    """Average the seeds of each preset and size."""
+    points = result["points"]
+    sizes = sorted({p["max_size"] for p in points}, key=lambda size: float(size.rstrip("x")))
+    for size, preset in product(sizes, PRESETS):
+        mine = [p for p in points if (p["max_size"], p["preset"]) == (size, preset)]
+        if mine:
+            before = result["baseline"]["accuracy"]
+            lost = [100 * (p["accuracy"] - before) for p in mine]
+            yield {
+                "size": size,
+                "preset": preset,
+                "seeds": len(mine),
+                "change": statistics.mean(lost),
+                "error": statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else None,
+                "validation": 100 * statistics.mean(p["validation_accuracy"] for p in mine),
+                "n_bytes": statistics.mean(p["n_bytes"] for p in mine),
+                "macs": statistics.mean(p["macs"] for p in mine),
+                "latency": statistics.mean(p["latency_ratio"] for p in mine),
+                "minutes": statistics.mean(p["seconds"] for p in mine) / 60,
+            }
+
+
+def table(results: dict[str, Json]) -> str:
+    """Lay the results out as the rows of README.md."""
+    lines = []
+    for title, result in results.items():
+        for row in rows(result):
+            error = "" if row["error"] is None else f" ± {row['error']:.2f}"
+            lines.append(
+                f"| {title}, {row['size']} | `{row['preset']}` | {row['change']:+.2f}{error} "
+                f"| {row['n_bytes']:,.0f} | {row['macs'] / 1e6:.1f} M | {row['latency']:.2f} "
+                f"| {row['minutes']:.0f} | {row['seeds']} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, draw the results and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", default="", help="folder of Fashion-MNIST")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument(
+        "--sizes", nargs="+", default=[s for sizes in SIZES.values() for s in sizes]
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    for name in () if given.draw else given.only:
+        sizes = [size for size in SIZES[name] if size in given.sizes]
+        wanted = [Point(*p[1:], p[0]) for p in product(given.seeds, given.presets, sizes)]
+        runs = networks.Runs(networks.NETWORKS[name], given.out / name, given.data_dir)
+        complete(name, runs, wanted)
+    known = {networks.NETWORKS[name].title: load(name) for name in SIZES}
+    results = {title: result for title, result in known.items() if result["points"]}
+    if not results:
+        sys.exit("there are no results yet")
+    files.write(DRAWING, draw({title: list(rows(result)) for title, result in results.items()}))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
