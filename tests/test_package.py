@@ -154,6 +154,7 @@ def test_layers_are_built_again_from_their_descriptions():
         nn.Linear(3, 5, bias=False),
         nn.BatchNorm1d(5, eps=1e-3, momentum=0.2),
         nn.BatchNorm2d(5, affine=False),
+        nn.Identity(),
     ]
     for layer in made:
         description = json.loads(json.dumps(describe(layer)))

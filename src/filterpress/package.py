@@ -191,7 +191,7 @@ def describe_changes(package: Package) -> dict[str, Json]:
 
 
 def describe(module: nn.Module) -> Json:
-    """Describe a layer whose shape a stage may change, as JSON; ``{}`` for any other module."""
+    """Describe a layer that a stage may change or put in, as JSON; ``{}`` for any other module."""
     match module:
         case Projected():
             return {"kind": "projected", "parts": [describe(part) for part in module]}
@@ -228,6 +228,8 @@ def describe(module: nn.Module) -> Json:
                 "momentum": module.momentum,
                 "affine": module.affine,
             }
+        case nn.Identity():
+            return {"kind": "identity"}
     return {}
 
 
@@ -265,6 +267,8 @@ def construct(layer: Json) -> nn.Module:
         case "batchnorm1d" | "batchnorm2d":
             kind = nn.BatchNorm1d if layer["kind"] == "batchnorm1d" else nn.BatchNorm2d
             return kind(layer["channels"], layer["eps"], layer["momentum"], layer["affine"])
+        case "identity":
+            return nn.Identity()
     raise ValueError(f"kind must be that of a known layer, got {layer.get('kind')!r}")
 
 
