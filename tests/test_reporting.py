@@ -317,9 +317,11 @@ def test_the_accuracy_that_is_judged_stands_beside_what_is_asked_of_it():
 
 def test_a_stage_says_what_it_did_to_the_network_also_where_that_was_nothing():
     story = [stage("prune", 9, None, removed=0.0), stage("cluster", 8, None, merged=1.0)]
-    page = reporting.render({"history": [*story, stage("reduce", 7, None, projected=2_000.0)]})
+    story += [stage("prune", 8, None, dropped=2.0), stage("reduce", 7, None, projected=2_000.0)]
+    page = reporting.render({"history": story})
     assert "<td>0 filters removed</td>" in page
     assert "<td>1 filter merged</td>" in page
+    assert "<td>2 blocks dropped</td>" in page
     assert "<td>2,000 layers projected</td>" in page
 
 

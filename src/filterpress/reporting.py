@@ -21,7 +21,7 @@ from filterpress.page import Report
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
 _SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", *_COLUMNS}
-_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion", "removed", "merged", "projected"}
+_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion", "removed", "merged", "dropped", "projected"}
 _THRESHOLDS = ("max_bytes", "min_accuracy")
 _OUTCOMES = {
     "publish": "Both thresholds hold",
@@ -380,7 +380,7 @@ def _outcome(entry: Report) -> str:
 
 def _changed(entry: Report) -> str:
     """Say what a stage did to the network as a whole, also where that was nothing."""
-    nouns = {"removed": "filter", "merged": "filter", "projected": "layer"}
+    nouns = {"removed": "filter", "merged": "filter", "dropped": "block", "projected": "layer"}
     return ", ".join(
         f"{count:,.0f} {noun}{'' if count == 1 else 's'} {did}"
         for did, noun in nouns.items()

@@ -9,9 +9,13 @@ from filterpress.settings import Choice, Table
 
 def pruners() -> Table:
     """Methods of the ``prune`` stage, the default first."""
+    from filterpress.methods.drop_blocks import BlocksConfig, drop_blocks
     from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
 
-    return {"similarity": (prune_similar, SimilarityConfig)}
+    return {
+        "similarity": (prune_similar, SimilarityConfig),
+        "blocks": (drop_blocks, BlocksConfig),
+    }
 
 
 def clusterers() -> Table:
