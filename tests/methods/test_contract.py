@@ -90,7 +90,13 @@ def budget(stage, name):
     """Choose bytes that a stage has to work for: `cluster` counts weights, others the file."""
     if stage == "cluster":
         return n_weights(source(name)) // 4
-    return size_of(name, source(name)) // 2
+    return size_of_source(name) // 2
+
+
+@cache
+def size_of_source(name):
+    """Encode the network of `source` once for all tests."""
+    return size_of(name, source(name))
 
 
 def n_weights(network):
@@ -179,7 +185,7 @@ def test_a_package_of_the_result_comes_back_bit_by_bit(stage, method, name, tmp_
 @every_row
 @every_network
 def test_the_encoded_file_does_not_grow(stage, method, name):
-    assert size_of(name, outcome(stage, method, name).model) <= size_of(name, source(name))
+    assert size_of(name, outcome(stage, method, name).model) <= size_of_source(name)
 
 
 @every_row
