@@ -12,11 +12,20 @@ import torch.nn.functional as F
 from filterpress.checkpoints import Checkpoint
 from filterpress.package import Package, encode
 from filterpress.progress import shown_by
-from filterpress.representations import coarsen_, is_quantized, latent_weight, quantize_, step_of
+from filterpress.representations import (
+    coarsen_,
+    is_quantized,
+    latent_weight,
+    levels_of,
+    quantize_,
+    share_levels_,
+    step_of,
+)
 from filterpress.retraining import (
     RetrainConfig,
     constant_channels_held,
     fine_tune_,
+    levels_paced,
     paces,
     retrain_quantized,
 )
@@ -292,3 +301,49 @@ def test_weights_that_were_pruned_stay_zero_while_others_learn(quantized, optimi
         assert (latent_weight(layer)[pruned[name]] == 0).all()
         assert not layer.weight.equal(before[name])
         assert all(p._backward_hooks in (None, {}) for p in layer.parameters())
+
+
+def test_levels_descend_to_the_means_of_their_targets_at_the_pace_of_plain_weights():
+    """On a quadratic of curvature 1, descent at a rate of 0.5 halves the distance in each step."""
+    layer, targets = torch.nn.Linear(600, 1, bias=False), torch.randn(1, 600)
+    indices = (torch.arange(600) % 100 < 70).long().view(1, 600)  # 420 weights of 600 share one
+    levels = torch.tensor([0.3, -0.2])
+    share_levels_(layer, levels, indices)
+    best = torch.stack([targets[indices == level].mean() for level in range(2)])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    with levels_paced(layer):
+        for step in range(1, 5):
+            optimizer.zero_grad()
+            (0.5 * (layer.weight - targets).square().sum()).backward()
+            optimizer.step()
+            expected = best + (levels - best) * 0.5**step
+            torch.testing.assert_close(levels_of(layer).detach(), expected)
+    optimizer.zero_grad()
+    (0.5 * (layer.weight - targets).square().sum()).backward()
+    counts = torch.tensor([180.0, 420.0])
+    plain_sum = counts * (levels_of(layer).detach() - best)  # what is left once they are let go
+    torch.testing.assert_close(levels_of(layer).grad, plain_sum, rtol=1e-3, atol=1e-4)
+
+
+def test_a_level_of_zero_has_no_gradient_and_others_have_that_of_differences():
+    layer = torch.nn.Linear(6, 2, bias=False).double()
+    share_levels_(layer, torch.tensor([-0.5, 0.0, 0.7]), torch.arange(12).view(2, 6) % 3)
+    inputs, levels = torch.randn(5, 6).double(), levels_of(layer)
+
+    def loss():
+        return layer(inputs).tanh().square().sum()
+
+    loss().backward()
+    measured = []
+    for level in range(3):
+        sides = []
+        for shift in (1e-6, -2e-6):
+            with torch.no_grad():
+                levels[level] += shift
+                sides.append(float(loss()))
+        with torch.no_grad():
+            levels[level] += 1e-6
+        measured.append((sides[0] - sides[1]) / 2e-6)
+    assert float(levels.grad[1]) == 0
+    for level in (0, 2):
+        assert float(levels.grad[level]) == pytest.approx(measured[level], rel=1e-4)

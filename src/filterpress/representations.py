@@ -2,8 +2,9 @@
 
 Two parametrisations make a weight of what the codec stores. With `Quantized` a layer keeps a
 floating-point weight to learn with, and computes with the nearest integers times a step. With
-`Codebook` it learns a few levels, and which of them a weight is stays as it was chosen. `Projected`
-stands for one convolution by two smaller ones.
+`Codebook` it learns a few levels, and which of them a weight is stays as it was chosen; a level
+that is exactly zero is that of pruned weights, and stays zero. `Projected` stands for one
+convolution by two smaller ones.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class Codebook(nn.Module):
         self.register_buffer("indices", indices.to(torch.uint8))
 
     def forward(self, levels: Tensor) -> Tensor:
-        """Return the weight, ``(O, ...)``, for levels ``(K,)``."""
+        """Return the weight, ``(O, ...)``, for levels ``(K,)``; one of zero has no gradient."""
+        levels = torch.where(levels == 0, 0, levels)
         return levels.index_select(0, self.indices.flatten().int()).view(self.indices.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from filterpress.checkpoints import Checkpoint
 from filterpress.processes import best_device, is_main
 from filterpress.progress import progress
-from filterpress.representations import UNROUNDED, coarsen_, is_quantized, step_of
+from filterpress.representations import (
+    UNROUNDED,
+    coarsen_,
+    has_codebook,
+    indices_of,
+    is_quantized,
+    levels_of,
+    step_of,
+)
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.surgery import layers
 from filterpress.tasks import Task, calibration
@@ -129,8 +137,8 @@ def fine_tune_(
 ) -> FitResult:
     """Train a network in place to imitate another one, and keep what made it smaller.
 
-    Quantised weights learn in units of their steps, weights that have been pruned stay zero, and
-    progress is shown in the main process.
+    Quantised weights learn in units of their steps, shared ones at the pace of plain ones, weights
+    that have been pruned stay zero, and progress is shown in the main process.
 
     Args:
         network: The network.
@@ -146,6 +154,7 @@ def fine_tune_(
     with (
         constant_channels_held(network),
         zeros_held(network),
+        levels_paced(network),
         shown(description, task, config) as advance,
     ):
         return fit(
@@ -224,8 +233,36 @@ def zeros_held(network: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def _divided(counts: Tensor, gradient: Tensor) -> Tensor:
+    return gradient / counts.to(gradient.device)
+
+
 def _without(pruned: Tensor, gradient: Tensor) -> Tensor:
     return gradient.masked_fill(pruned.to(gradient.device), 0)
+
+
+@contextlib.contextmanager
+def levels_paced(network: nn.Module) -> Iterator[None]:
+    """Let each level of a codebook learn by the mean of its weights' gradients, not by their sum.
+
+    That is the step which the weights would take plainly, projected on those that keep them shared.
+    So a learning rate at which plain weights descend lets levels descend, however many weights they
+    stand for.
+
+    Args:
+        network: The network.
+    """
+    handles = []
+    for layer in layers(network).values():
+        if has_codebook(layer):
+            counts = indices_of(layer).flatten().bincount(minlength=len(levels_of(layer)))
+            mean = partial(_divided, counts.clamp(min=1))
+            handles.append(levels_of(layer).register_hook(mean))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
