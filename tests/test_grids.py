@@ -162,7 +162,7 @@ def test_a_codebook_is_nearly_the_best_there_is(bits):
     ratios = []
     for seed in range(5):
         values, importance = draw(40, seed=seed).double(), worths(40, seed=seed).double() + 0.01
-        levels = codebook(values, importance, bits, seed=seed).double()
+        levels = codebook(values, importance, 2**bits, seed=seed).double()
         assert len(levels) == 2**bits
         nearest = (values[:, None] - levels).square().amin(dim=1)
         ratios.append(
@@ -174,7 +174,7 @@ def test_a_codebook_is_nearly_the_best_there_is(bits):
 
 def test_a_codebook_of_many_weights_is_nearly_that_of_all_of_them():
     weight = draw(20 * POINTS)
-    levels = codebook(weight, torch.ones_like(weight), 3)
+    levels = codebook(weight, torch.ones_like(weight), 8)
     # Lloyd's condition: each level is the mean of what is nearest to it
     labels = (weight[:, None] - levels).abs().argmin(dim=1)
     means = torch.stack([weight[labels == k].mean() for k in range(8)])
@@ -187,17 +187,17 @@ def test_a_codebook_of_many_weights_is_nearly_that_of_all_of_them():
 def test_weights_that_matter_have_levels_near_them():
     weight = torch.cat([torch.linspace(-1, 0, 50), torch.linspace(0, 1, 50)])
     importance = torch.cat([torch.full((50,), 1e-6), torch.ones(50)])
-    levels = codebook(weight, importance, 3)
+    levels = codebook(weight, importance, 8)
     assert (levels > 0).sum() >= 7
 
 
 def test_a_codebook_of_few_different_weights_is_these_weights():
     weight = torch.tensor([[0.5, -1.0, 0.5], [0.0, -1.0, 0.5]])
-    levels = codebook(weight, torch.ones(2, 3), 8)
+    levels = codebook(weight, torch.ones(2, 3), 256)
     assert levels.tolist() == [-1.0, 0.0, 0.5]
-    assert codebook(torch.zeros(2, 3), torch.ones(2, 3), 2).tolist() == [0.0]
+    assert codebook(torch.zeros(2, 3), torch.ones(2, 3), 4).tolist() == [0.0]
 
 
 def test_weights_that_nothing_depends_on_have_a_codebook_all_the_same():
     weight = draw(100)
-    assert codebook(weight, torch.zeros(100), 2).equal(codebook(weight, torch.ones(100), 2))
+    assert codebook(weight, torch.zeros(100), 4).equal(codebook(weight, torch.ones(100), 4))

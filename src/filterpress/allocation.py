@@ -85,8 +85,9 @@ class Option(NamedTuple):
     @property
     def form(self) -> tuple[int, int, bool, int, str]:
         """What becomes of a layer, but for the steps that follow from ``theta``."""
-        kind = "" if self.levels is None else self.levels.kind
-        return self.rank, self.groups, self.folded, self.bits, kind
+        if self.levels is None:
+            return self.rank, self.groups, self.folded, 0, ""
+        return self.rank, self.groups, self.folded, self.levels.n_levels, self.levels.kind
 
 
 class Allocation(NamedTuple):

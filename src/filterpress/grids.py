@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from filterpress.clustering import kmeans
+from filterpress.clustering import cluster_means
 from filterpress.representations import Quantized
 
 SHARES = [k / 40 for k in range(48, 3, -1)]  # of the range of the weights
@@ -36,10 +36,14 @@ class Grid(NamedTuple):
     spacing: int  # of the integers: 2 for odd ones
 
     @property
+    def n_levels(self) -> int:
+        """Number of weights that a row can have."""
+        return int((self.high - self.low)[0]) // self.spacing + 1
+
+    @property
     def levels(self) -> Tensor:
         """The weights ``(O, K)`` it can make, ascending; the rows have equally many."""
-        n_levels = int((self.high - self.low)[0]) // self.spacing + 1
-        places = self.spacing * torch.arange(n_levels)
+        places = self.spacing * torch.arange(self.n_levels)
         return (self.low[:, None] + places) * self.step[:, None]
 
     def rounded(self, rows: Tensor) -> Tensor:
@@ -54,6 +58,11 @@ class Levels(NamedTuple):
     kind: str  # symmetric, asymmetric or codebook
     bits: int  # there are 2**bits, or fewer
     values: Grid | Tensor  # a grid, or the levels (K,) of a codebook
+
+    @property
+    def n_levels(self) -> int:
+        """Number of levels that a row can have."""
+        return self.values.n_levels if isinstance(self.values, Grid) else len(self.values)
 
     def table(self, n_rows: int) -> Tensor:
         """Return the levels ``(O, K)`` of each row."""
@@ -118,38 +127,49 @@ def best_grid(rows: Tensor, importance: Tensor, bits: int, *, symmetric: bool) -
     return best
 
 
-def codebook(weight: Tensor, importance: Tensor, bits: int, *, seed: int = 0) -> Tensor:
+def codebook(weight: Tensor, importance: Tensor, n_levels: int, *, seed: int = 0) -> Tensor:
     """Find the levels of least weighted error.
+
+    Weights that are exactly zero have been pruned: they have one of the levels, zero.
 
     Args:
         weight: Any shape.
         importance: Of the same shape, cost of a squared error of each weight, not negative; if all
             are zero, all weights count the same.
-        bits: There are at most ``2**bits`` levels.
+        n_levels: Largest number of levels, at least 1, and 2 where only some weights are zero.
         seed: Seed of the first levels.
 
     Returns:
         ``(K,)`` different levels, ascending.
     """
-    values, worth = weight.flatten().double(), importance.flatten().double()
-    if not worth.any():
-        worth = torch.ones_like(worth)
+    values, worth = unpruned(weight, importance)
+    zero = values.new_zeros(int((weight == 0).any()))
+    if len(values) == 0:
+        return zero.float()
     if len(values) > POINTS:
         low, high = values.aminmax()
         bins = ((values - low) / (high - low).clamp(min=1e-300) * (POINTS - 1)).round().long()
-        values, worth = _means(values, worth, bins, POINTS)
-    values, worth = values[worth > 0], worth[worth > 0]
-    k = min(2**bits, len(np.unique(values)))
-    labels = kmeans(values[:, None], k, seed=seed, weight=worth / worth.mean()).labels
-    levels, mass = _means(values, worth, labels, k)
-    return torch.from_numpy(np.unique(levels[mass > 0].float()))
+        mass = worth.new_zeros(POINTS).index_add(0, bins, worth)
+        totals = worth.new_zeros(POINTS).index_add(0, bins, worth * values)
+        values, worth = totals[mass > 0] / mass[mass > 0], mass[mass > 0]
+    k = min(n_levels - len(zero), len(np.unique(values)))
+    levels = cluster_means(values, k, weight=worth, seed=seed)
+    return torch.from_numpy(np.unique(torch.cat([zero, levels]).float()))
 
 
-def _means(values: Tensor, worth: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the weighted mean ``(k,)`` of the values of each label, and their weights' sum."""
-    mass = worth.new_zeros(k).index_add(0, labels, worth)
-    totals = worth.new_zeros(k).index_add(0, labels, worth * values)
-    return totals / mass.clamp(min=1e-300), mass
+def unpruned(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights that are not zero and matter, and how much they do, both ``(n,)``.
+
+    Args:
+        weight: Any shape.
+        importance: Of the same shape, not negative; where it is zero for all that are not pruned,
+            they count the same.
+    """
+    values, worth = weight.flatten().double(), importance.flatten().double()
+    values, worth = values[values != 0], worth[values != 0]
+    if not worth.any():
+        worth = torch.ones_like(worth)
+    return values[worth > 0], worth[worth > 0]
 
 
 def _positive(step: Tensor) -> Tensor:

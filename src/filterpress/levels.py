@@ -9,16 +9,18 @@ making up for errors saves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from filterpress.allocation import BIAS_BITS, LEFT, STEP_BITS, Option
+from filterpress.allocation import BIAS_BITS, LEFT, STEP_BITS, Allocation, Option
 from filterpress.grids import Grid, Levels, best_grid, codebook, range_grid
 from filterpress.learned_rounding import round_learned_to
 from filterpress.representations import Layer, share_levels_
 from filterpress.rounding import quantize_at_, round_compensated_to, round_nearest_to
-from filterpress.statistics import Moments
+from filterpress.statistics import Moments, recalibrate_
+from filterpress.surgery import layers, plain
 
 LEVEL_BITS = 16.0  # of a codebook in the file
 
@@ -47,7 +49,7 @@ def fit_levels(
     rows = weight.flatten(1)
     importance = moments.importance if fit == "outputs" else torch.ones_like(rows)
     if kind == "codebook":
-        return Levels(kind, bits, codebook(rows, importance, bits, seed=seed))
+        return Levels(kind, bits, codebook(rows, importance, 2**bits, seed=seed))
     whole, symmetric = per == "tensor", kind == "symmetric"
     seen = rows.reshape(1, -1) if whole else rows
     if fit == "range":
@@ -139,3 +141,34 @@ def correct_bias_(layer: Layer, before: Tensor, moments: Moments) -> None:
     rows = error.view(groups, len(error) // groups, -1)
     with torch.no_grad():
         layer.bias += torch.einsum("grd,gd->gr", rows, moments.mean).flatten()
+
+
+def rounder(
+    network: nn.Module, images: Tensor, moments: Mapping[str, Moments], rounding: str
+) -> Callable[[Allocation], nn.Module]:
+    """Return what rounds a copy of a network to the levels of an allocation.
+
+    It corrects biases and measures batch-norm again, and chooses the levels of weights once for
+    each form of a layer.
+
+    Args:
+        network: A plain network.
+        images: ``(N, C, H, W)`` calibration images.
+        moments: Its layers' statistics.
+        rounding: As for `choose`.
+    """
+    known: dict[tuple[object, ...], Tensor] = {}
+
+    def build(allocation: Allocation) -> nn.Module:
+        result = plain(network)
+        for name, option in allocation.chosen.items():
+            if option.levels is None:
+                raise ValueError(f"allocation must have levels for every layer, got none of {name}")
+            layer, key = layers(result)[name], (name, *option.form)
+            if key not in known:
+                known[key] = choose(layer, option.levels, moments[name], rounding)
+            quantize_to_(layer, option.levels, known[key], moments[name])
+        recalibrate_(result, images)
+        return result
+
+    return build

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from torch import Tensor, nn
 
@@ -31,12 +30,12 @@ from filterpress import statistics
 from filterpress.allocation import Allocation, Rates
 from filterpress.fitting import Goal, fingerprint, fit_budget
 from filterpress.grids import Levels
-from filterpress.levels import choose, fit_levels, level_option, quantize_to_
+from filterpress.levels import fit_levels, level_option, rounder
 from filterpress.methods import Outcome
 from filterpress.progress import progress
 from filterpress.representations import Layer
 from filterpress.statistics import Moments
-from filterpress.surgery import layers, plain
+from filterpress.surgery import layers
 
 CHOICES = {
     "grid": ("symmetric", "asymmetric", "codebook"),
@@ -137,14 +136,6 @@ def quantize_weights(
             fitted[name] = config.levels_of(layer, moments[name], seed)
             advance()
 
-    @cache
-    def places(name: str, bits: int) -> Tensor:
-        return choose(used[name], fitted[name][bits], moments[name], config.rounding)
-
-    def build(allocation: Allocation) -> nn.Module:
-        chosen = {n: (fitted[n][o.bits], places(n, o.bits)) for n, o in allocation.chosen.items()}
-        return apply(network, images, chosen, moments)
-
     rates = Rates(
         {
             name: [
@@ -154,6 +145,7 @@ def quantize_weights(
             for name, found in fitted.items()
         }
     )
+    build = rounder(network, images, moments, config.rounding)
     if config.bits:
         allocation = rates.allocate(1.0)
         return _outcome(build(allocation), allocation, used)
@@ -178,17 +170,3 @@ def _outcome(model: nn.Module, allocation: Allocation, used: Mapping[str, Layer]
         "allocation": fingerprint(allocation),
     }
     return Outcome(model, notes, changed)
-
-
-def apply(
-    network: nn.Module,
-    images: Tensor,
-    chosen: Mapping[str, tuple[Levels, Tensor]],
-    moments: Mapping[str, Moments],
-) -> nn.Module:
-    """Quantise a copy of a plain network, correct biases and measure batch-norm again."""
-    result = plain(network)
-    for name, (levels, places) in chosen.items():
-        quantize_to_(layers(result)[name], levels, places, moments[name])
-    statistics.recalibrate_(result, images)
-    return result
