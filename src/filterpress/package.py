@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from filterpress import codec, models
 from filterpress.codec.graph import strip
@@ -37,6 +38,7 @@ from filterpress.representations import (
     take_form_,
     without_quantization,
 )
+from filterpress.surgery import layers
 
 FORMAT = 2
 Json = dict[str, Any]
@@ -305,19 +307,26 @@ def least_bytes(package: Package) -> int:
 
 def count(network: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Count the parameters of a network and its multiply-accumulates for one image."""
-    macs = 0
+    macs = macs_by_layer(network, input_shape)
+    return sum(p.numel() for p in network.parameters()), sum(macs.values())
 
-    def add(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal macs
-        positions = output[0, 0].numel() if output.ndim > 2 else 1
-        macs += positions * layer.weight.numel()  # type: ignore[operator]
 
-    kinds = (nn.Conv2d, nn.Linear)
-    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, kinds)]
+def macs_by_layer(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Count the multiply-accumulates of each layer that is used for one image."""
+    macs: dict[str, int] = {}
+
+    def listen(name: str, layer: nn.Module) -> RemovableHandle:
+        def add(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            positions = output[0, 0].numel() if output.ndim > 2 else 1
+            macs[name] = macs.get(name, 0) + positions * layer.weight.numel()  # type: ignore[operator]
+
+        return layer.register_forward_hook(add)
+
+    handles = [listen(name, layer) for name, layer in layers(network).items()]
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, *input_shape))
     finally:
         for handle in handles:
             handle.remove()
-    return sum(p.numel() for p in network.parameters()), macs
+    return macs
