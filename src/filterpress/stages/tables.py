@@ -10,11 +10,15 @@ from filterpress.settings import Choice, Table
 def pruners() -> Table:
     """Methods of the ``prune`` stage, the default first."""
     from filterpress.methods.drop_blocks import BlocksConfig, drop_blocks
+    from filterpress.methods.learn_thresholds import ThresholdConfig, learn_thresholds
+    from filterpress.methods.prune_by_macs import MacsConfig, prune_by_macs
     from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
 
     return {
         "similarity": (prune_similar, SimilarityConfig),
         "blocks": (drop_blocks, BlocksConfig),
+        "threshold": (learn_thresholds, ThresholdConfig),
+        "macs": (prune_by_macs, MacsConfig),
     }
 
 
