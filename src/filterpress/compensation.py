@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from filterpress.errors import ModelError
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, eigen, regular
-from filterpress.surgery import ChannelGroup, Member, keep_channels_
+from filterpress.surgery import ChannelGroup, Member, features_left, keep_channels_
 
 PRUNED = 0.01  # share of exact zeros in a layer from which they are no accident
 
@@ -95,14 +95,8 @@ def cut_compensated_(
     Raises:
         ModelError: Weights that would be solved again have been pruned.
     """
-    stay: dict[str, Tensor] = {}
-    for group, keep in zip(groups, kept, strict=True):
-        for member in group.consumers:
-            n_features = model.get_parameter(f"{member.name}.weight").shape[1]
-            features = stay.setdefault(member.name, torch.ones(n_features, dtype=torch.bool))
-            features[member.features[~keep[member.channels]]] = False
     damage = 0.0
-    for name, features in stay.items():
+    for name, features in features_left(model, groups, kept).items():
         if features.all():
             continue
         weight = model.get_parameter(f"{name}.weight").detach()

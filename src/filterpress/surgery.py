@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -245,6 +246,58 @@ def keep_channels_(model: nn.Module, groups: list[ChannelGroup], kept: list[Tens
         positions = torch.cat(positions_of)
         if len(positions):
             _cut_(model.get_submodule(name), side, positions)
+
+
+def features_left(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Say which inputs are left to the layers that read some groups.
+
+    Args:
+        model: The network of the groups.
+        groups: Groups of channels.
+        kept: For each group a boolean ``(n_channels,)``.
+
+    Returns:
+        Boolean ``(I,)`` by layer name.
+    """
+    left: dict[str, Tensor] = {}
+    for group, keep in zip(groups, kept, strict=True):
+        for member in group.consumers:
+            n_features = layers(model)[member.name].weight.shape[1]
+            features = left.setdefault(member.name, torch.ones(n_features, dtype=torch.bool))
+            features[member.features[~keep[member.channels]]] = False
+    return left
+
+
+def cut_unread_(model: nn.Module, example: Tensor) -> int:
+    """Cut the channels that nothing reads: all weights that are applied to them are zero.
+
+    Args:
+        model: A plain network, changed in place; its outputs stay.
+        example: ``(N, C, H, W)`` input to trace it with.
+
+    Returns:
+        The number of channels cut.
+    """
+    groups = channel_groups(model, example)
+    kept = [read_channels(model, group) for group in groups]
+    keep_channels_(model, groups, kept)
+    return sum(int((~keep).sum()) for keep in kept)
+
+
+def read_channels(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Find the channels of a group that some layer reads; the first, if none does.
+
+    Returns:
+        ``(n_channels,)`` boolean.
+    """
+    read = torch.zeros(group.n_channels, dtype=torch.bool)
+    for member in group.consumers:
+        used = (layers(model)[member.name].weight.detach() != 0).transpose(0, 1).flatten(1).any(1)
+        read[member.channels[used[member.features]]] = True
+    read[0] |= not read.any()
+    return read
 
 
 def _cut_(module: nn.Module, side: Side, gone: Tensor) -> None:

@@ -160,11 +160,11 @@ def fit(
             if network is not None:
                 stack.enter_context(_lent_to(device, network))
         replica = processes.replica_of(model)
-        bfloat16 = _in_bfloat16(config.precision, model, device)
+        bfloat16 = in_bfloat16(config.precision, model, device)
         imitated = predictor(teacher, device, config.precision) if teacher is not None else None
 
         def loss_of(images: Tensor, targets: Tensor) -> Tensor:
-            outputs = _forward(replica, images, bfloat16)
+            outputs = forward(replica, images, bfloat16)
             # A clone, because a tensor of inference mode cannot be kept for the backward pass.
             soft = imitated(images).to(device).clone() if imitated else None
             loss = _loss(task, config, outputs, targets, soft)
@@ -214,12 +214,12 @@ def predictor(
         A function from images of shape (N, C, H, W) on any device to float32 outputs on the CPU.
     """
     device = torch.device(device)
-    bfloat16 = _in_bfloat16(precision, model, device)
+    bfloat16 = in_bfloat16(precision, model, device)
 
     def predict(images: Tensor) -> Tensor:
         model.eval()
         with torch.inference_mode():
-            return _forward(model, images.to(device), bfloat16).cpu()
+            return forward(model, images.to(device), bfloat16).cpu()
 
     return predict
 
@@ -252,7 +252,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence
 
 
-def _forward(model: nn.Module, images: Tensor, bfloat16: bool) -> Tensor:
+def forward(model: nn.Module, images: Tensor, bfloat16: bool) -> Tensor:
+    """Run a network on a batch of images; the outputs are float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         return model(_channels_last(images)).float()  # type: ignore[no-any-return]
 
@@ -388,8 +389,8 @@ def _channels_last(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 
-def _in_bfloat16(precision: Precision, model: nn.Module, device: torch.device) -> bool:
-    """Choose the faster precision, if the choice is ours.
+def in_bfloat16(precision: Precision, model: nn.Module, device: torch.device) -> bool:
+    """Choose the faster precision, if the choice is ours; say whether it is bfloat16.
 
     Measured as above, bfloat16 takes 0.61 of the time of float32 for ResNet-20 and 0.76 for
     ResNet-18, but 1.9 for MobileNetV2, because of its depthwise convolutions. A CPU without the

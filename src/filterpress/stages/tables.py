@@ -12,13 +12,17 @@ def pruners() -> Table:
     from filterpress.methods.drop_blocks import BlocksConfig, drop_blocks
     from filterpress.methods.learn_thresholds import ThresholdConfig, learn_thresholds
     from filterpress.methods.prune_by_macs import MacsConfig, prune_by_macs
+    from filterpress.methods.prune_salient import SaliencyConfig, prune_salient
     from filterpress.methods.prune_similar import SimilarityConfig, prune_similar
+    from filterpress.methods.prune_structures import StructureConfig, prune_structures
 
     return {
         "similarity": (prune_similar, SimilarityConfig),
         "blocks": (drop_blocks, BlocksConfig),
         "threshold": (learn_thresholds, ThresholdConfig),
         "macs": (prune_by_macs, MacsConfig),
+        "saliency": (prune_salient, SaliencyConfig),
+        "structured": (prune_structures, StructureConfig),
     }
 
 

@@ -1,0 +1,60 @@
+r"""Set the connections to zero on which the loss hangs least, wherever in the network they are.
+
+Saliency (see `saliency`) is measured on all training data, and one rate for the whole network
+decides how many weights each layer loses. Pruning and retraining take turns, and what has been
+pruned stays zero to the end: it is rounded to 0, and the coder makes runs of zeros cheap.
+
+Saves, of a layer of ``n`` weights of which a share ``p`` stays, ``n (b' - h(p) - b p)`` bits, with
+``h`` the binary entropy, ``b`` the bits of a weight that stays and ``b'`` those of a weight where
+all stay. Saves multiply-accumulates only on hardware that skips zeros, and where nothing is left
+that reads a channel, which is cut. Biases and batch-norm stay, and so does the most salient weight
+of each layer.
+
+TODO when it does not help
+
+Reference:
+    TODO
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from filterpress.fitting import Goal
+from filterpress.methods import Outcome
+from filterpress.saliency import PruningConfig, kept_of, prune_in_turns, zero_
+from filterpress.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyConfig(PruningConfig):
+    """How `prune_salient` prunes; the rate is a share of all weights."""
+
+
+def prune_salient(
+    model: nn.Module, task: Task, config: SaliencyConfig, *, goal: Goal, seed: int = 0
+) -> Outcome:
+    """Prune the weights of a network by their saliency, and retrain it.
+
+    Args:
+        model: Network to prune.
+        task: Data, loss and score.
+        config: How much, and in which turns.
+        goal: The budget, which decides how much where the config does not.
+        seed: Seed of the retrains.
+
+    Returns:
+        The network with zeros among its weights, and what `prune_in_turns` notes.
+
+    Raises:
+        ModelError: A weight or a gradient is not finite.
+    """
+    return Outcome(*prune_in_turns(model, task, config, lambda *_: _cut_, goal=goal, seed=seed))
+
+
+def _cut_(network: nn.Module, saliency: Mapping[str, Tensor], rate: float) -> None:
+    kept = kept_of(list(saliency.values()), rate)
+    zero_(network, dict(zip(saliency, kept, strict=True)))
