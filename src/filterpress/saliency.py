@@ -111,9 +111,16 @@ class Pruned(NamedTuple):
 
 
 def prune_in_turns(
-    model: nn.Module, task: Task, config: PruningConfig, plan: Plan, *, goal: Goal, seed: int
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig,
+    plan: Plan,
+    *,
+    goal: Goal,
+    seed: int,
+    shrink: bool = True,
 ) -> Pruned:
-    """Prune and retrain by turns, and cut the channels that nothing reads any more.
+    """Prune and retrain by turns.
 
     Args:
         model: Network to prune, and the teacher of the retrains.
@@ -122,6 +129,7 @@ def prune_in_turns(
         plan: Says what a share of the network is.
         goal: The budget, from which the rate follows where the config has none.
         seed: Seed of the retrains.
+        shrink: Whether to cut the channels that nothing reads any more.
 
     Returns:
         The network in plain form, or a copy of the one given where nothing need go; the ``rate``,
@@ -137,7 +145,8 @@ def prune_in_turns(
     def cut(rate: float) -> nn.Module:
         made = copy.deepcopy(network)
         cut_(made, saliency, rate)
-        cut_unread_(made, images[:2])
+        if shrink:
+            cut_unread_(made, images[:2])
         return made
 
     rate = config.rate or rate_for(goal, cut, config.bits)
@@ -148,7 +157,7 @@ def prune_in_turns(
             saliency = measure(network, task, config)
         cut_(network, saliency, share)
         result = fine_tune_(network, teacher, task, config, seed=seed + turn)
-    channels = cut_unread_(network, images[:2])
+    channels = cut_unread_(network, images[:2]) if shrink else 0
     after = weights_left(network)
     notes: dict[str, float | str] = {
         "rate": rate,

@@ -99,7 +99,9 @@ def prune_structures(
             return partial(_cut_channels_, costs)
         return partial(_cut_filters_, channel_groups(network, example), costs)
 
-    return Outcome(*prune_in_turns(model, task, config, plan, goal=goal, seed=seed))
+    shrink = config.grain != "n:m"  # a channel less would shift the blocks
+    pruned = prune_in_turns(model, task, config, plan, goal=goal, seed=seed, shrink=shrink)
+    return Outcome(*pruned)
 
 
 def _cut_filters_(
