@@ -18,6 +18,7 @@ from filterpress.package import (
     describe,
     encode,
     load,
+    macs_by_layer,
     read_description,
     save,
 )
@@ -304,6 +305,7 @@ def test_multiply_accumulates_are_those_counted_by_hand():
     )
     n_parameters, macs = count(network, (2, 8, 8))
     assert macs == 16 * 72 + 4 * 36 + 80
+    assert macs_by_layer(network, (2, 8, 8)) == {"0": 16 * 72, "1": 4 * 36, "3": 80}
     assert n_parameters == (72 + 4) + (36 + 4) + (80 + 5)
     assert not any(module._forward_hooks for module in network.modules())
 

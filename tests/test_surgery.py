@@ -13,11 +13,14 @@ from filterpress.representations import ChannelOrder, Projected, like, quantize_
 from filterpress.surgery import (
     channel_groups,
     check_runs,
+    cut_unread_,
+    features_left,
     is_depthwise,
     keep_channels_,
     layers,
     merged,
     plain,
+    read_channels,
 )
 from tests import networks
 
@@ -200,6 +203,47 @@ def test_cutting_channels_that_nobody_reads_leaves_the_outputs_equal(name, seed)
     keep_channels_(network, groups, kept)
     torch.testing.assert_close(network(IMAGES), before, rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in network.parameters()) < n_weights
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_channels_that_nobody_reads_are_found_and_cut(name):
+    network = networks.make(name)
+    groups = channel_groups(network, IMAGES[:2])
+    kept = [torch.arange(g.n_channels) % 3 > 0 for g in groups]
+    silence_(network, groups, kept)
+    before = network(IMAGES)
+    found = [read_channels(network, group) for group in groups]
+    assert [f.tolist() for f in found] == [k.tolist() for k in kept]
+    assert cut_unread_(network, IMAGES[:2]) == sum(int((~keep).sum()) for keep in kept)
+    torch.testing.assert_close(network(IMAGES), before, rtol=1e-4, atol=1e-5)
+    after = channel_groups(network, IMAGES[:2])
+    assert [g.n_channels for g in after] == [int(keep.sum()) for keep in kept]
+    assert cut_unread_(network, IMAGES[:2]) == 0
+
+
+def test_a_channel_that_one_of_two_layers_reads_stays():
+    network = networks.make("residual")
+    with torch.no_grad():
+        network.blocks[0].first[0].weight[:, 2] = 0
+    assert cut_unread_(network, IMAGES[:2]) == 0
+
+
+def test_where_nothing_is_read_one_channel_stays():
+    network = networks.make("flattening")
+    with torch.no_grad():
+        network[12].weight.zero_()
+    assert cut_unread_(network, IMAGES[:2]) == 11
+    assert network(IMAGES).shape == (len(IMAGES), networks.CLASSES)
+
+
+def test_a_layer_that_reads_two_groups_is_left_what_is_kept_of_both():
+    network = networks.make("concatenating")
+    found = groups_by_producer(network)
+    groups = [found["left",], found["right",]]
+    kept = [torch.arange(6) != 1, torch.arange(10) != 0]
+    left = features_left(network, groups, kept)
+    assert set(left) == {"join"}
+    assert (~left["join"]).nonzero().flatten().tolist() == [1, 14]  # 6 + 8 channels before
 
 
 def test_cutting_every_channel_of_a_group_is_refused():

@@ -132,8 +132,8 @@ def prune_in_turns(
         shrink: Whether to cut the channels that nothing reads any more.
 
     Returns:
-        The network in plain form, or a copy of the one given where nothing need go; the ``rate``,
-        the numbers of weights ``pruned`` and of ``channels`` cut among them, and the
+        The network in plain form, or a copy of the one given where nothing need go or can; the
+        ``rate``, the numbers of weights ``pruned`` and of ``channels`` cut, and the
         ``trained_validation_accuracy``; of each layer the weights ``pruned`` and ``kept``.
     """
     images = calibration(task, IMAGES, seed)
@@ -150,8 +150,8 @@ def prune_in_turns(
         return made
 
     rate = config.rate or rate_for(goal, cut, config.bits)
-    if not rate:
-        return Pruned(copy.deepcopy(model), {"rate": 0.0, "pruned": 0.0, "channels": 0.0}, {})
+    if not rate or weights_left(cut(rate)) == before:
+        return Pruned(copy.deepcopy(model), {"rate": rate, "pruned": 0.0, "channels": 0.0}, {})
     for turn, share in enumerate(config.rates(rate)):
         if turn:
             saliency = measure(network, task, config)

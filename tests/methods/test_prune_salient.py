@@ -71,7 +71,7 @@ def test_layers_lose_different_shares():
 
 
 def test_what_an_early_turn_prunes_stays_pruned():
-    network = networks.make("grouped")
+    network = networks.make("concatenating")
     early = prune(network, rate=0.5 * (1 - 0.5**3), lr=0.05)
     late = prune(network, rate=0.5, steps=2, lr=0.05)
     assert late.notes["channels"] == 0

@@ -189,6 +189,27 @@ def test_the_lowest_filters_of_the_network_go():
     assert [g.n_channels for g in channel_groups(made, IMAGES[:2])] == expected
 
 
+class Unknown(nn.Module):
+    """A network whose channels cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3)
+        self.norm = nn.GroupNorm(2, 6)
+        self.second = nn.Conv2d(6, 5, 3)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x))).mean((2, 3))
+
+
+def test_a_network_whose_channels_cannot_be_cut_is_passed_on():
+    network = Unknown().eval()
+    made = prune(network, rate=0.5)
+    assert (made.notes["pruned"], made.layers) == (0, {})
+    before = network.state_dict()
+    assert all(before[key].equal(value) for key, value in made.model.state_dict().items())
+
+
 def test_a_network_that_fits_comes_back_as_it_is():
     network = networks.make("residual")
     made = prune(network, max_bytes=10**6)
