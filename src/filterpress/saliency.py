@@ -48,6 +48,7 @@ Cut = Callable[[nn.Module, Mapping[str, Tensor], float], None]
 Plan = Callable[[nn.Module, Tensor], Cut]
 
 IMAGES = 1024  # on which batch-norm of a quantised network is measured again
+LEAST = 1e-6  # normalised gradient that every weight has
 HIGHEST = 0.95  # rate that a budget can ask for; the rest is better left to fewer bits
 HALVINGS = 7  # of the interval in which that rate is searched
 
@@ -187,8 +188,8 @@ def measure(network: nn.Module, task: Task, config: FitConfig) -> dict[str, Tens
         config: Batch size and precision.
 
     Returns:
-        ``(O, I/groups, kh, kw)`` or ``(O, I)`` by layer name, not negative; zero in a layer that is
-        not used by the forward pass.
+        ``(O, I/groups, kh, kw)`` or ``(O, I)`` by layer name, not negative; nearly zero in a layer
+        that is not used by the forward pass.
 
     Raises:
         ModelError: A gradient is not finite.
@@ -218,15 +219,19 @@ def salience(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return the saliency of a layer's weights.
 
     Args:
-        gradient: Of any shape and unit; all zero gives zeros.
+        gradient: Of any shape and unit.
         weight: Of the same shape.
 
+    Returns:
+        Of the same shape; zero only where a weight is, so that what has been pruned goes first.
+
     Example:
-        >>> salience(torch.tensor([1.0, -7.0]), torch.tensor([-2.0, 1.0])).tolist()
-        [0.4..., 1.4...]
+        >>> saliency = salience(torch.tensor([1.0, -7.0]), torch.tensor([-2.0, 1.0]))
+        >>> (10 * saliency).round().tolist()
+        [4.0, 14.0]
     """
     rms = gradient.square().mean().sqrt()
-    return gradient.abs() / torch.where(rms > 0, rms, 1) * weight.abs()
+    return (gradient.abs() / torch.where(rms > 0, rms, 1) + LEAST) * weight.abs()
 
 
 def kept_of(scores: Sequence[Tensor], rate: float) -> list[Tensor]:
