@@ -1,13 +1,14 @@
 r"""How much the loss hangs on each weight, and pruning by it in turns with retraining.
 
-One pass over all training data gives the saliency of every weight,
+One pass over all training data gives the saliency of every weight, the product of its size and of
+the normalised gradient of the loss:
 
-.. math:: S = \frac{\bar g}{\operatorname{rms}(\bar g)}\,|w|,
-   \qquad \bar g = \frac1B \sum_b \left|\frac{\partial L_b}{\partial w}\right|
+.. math:: S = \frac{\bar g}{\lVert\bar g\rVert}\,|w|,
+   \qquad \bar g = \sum_b \left|\frac{\partial L_b}{\partial w}\right|
 
-with the root mean square taken over the weight's layer: a gradient says how much more a weight
-matters than others of its layer, and the size of the weight how much of it there is. Then weights
-of all layers compare, and one rate for the network gives each layer a rate of its own.
+with the norm taken over the weight's layer, so that weights of all layers compare and one rate for
+the network gives each layer a rate of its own. The sum is over batches; where training has ended
+gradients with their signs cancel, and what is left of them tells little.
 
 Pruning and retraining take turns. Each turn measures saliency again, sets a part of the weights to
 zero, and trains the others to imitate the network as it came. Zeros stay zeros.
@@ -48,7 +49,7 @@ Cut = Callable[[nn.Module, Mapping[str, Tensor], float], None]
 Plan = Callable[[nn.Module, Tensor], Cut]
 
 IMAGES = 1024  # on which batch-norm of a quantised network is measured again
-LEAST = 1e-6  # normalised gradient that every weight has
+LEAST = 1e-9  # normalised gradient that every weight has
 HIGHEST = 0.95  # rate that a budget can ask for; the rest is better left to fewer bits
 HALVINGS = 7  # of the interval in which that rate is searched
 
@@ -226,12 +227,12 @@ def salience(gradient: Tensor, weight: Tensor) -> Tensor:
         Of the same shape; zero only where a weight is, so that what has been pruned goes first.
 
     Example:
-        >>> saliency = salience(torch.tensor([1.0, -7.0]), torch.tensor([-2.0, 1.0]))
+        >>> saliency = salience(torch.tensor([3.0, -4.0]), torch.tensor([-2.0, 1.0]))
         >>> (10 * saliency).round().tolist()
-        [4.0, 14.0]
+        [12.0, 8.0]
     """
-    rms = gradient.square().mean().sqrt()
-    return (gradient.abs() / torch.where(rms > 0, rms, 1) + LEAST) * weight.abs()
+    norm = gradient.norm()
+    return (gradient.abs() / torch.where(norm > 0, norm, 1) + LEAST) * weight.abs()
 
 
 def kept_of(scores: Sequence[Tensor], rate: float) -> list[Tensor]:
