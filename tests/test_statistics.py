@@ -9,7 +9,7 @@ from torch import nn
 
 from filterpress import statistics
 from filterpress.errors import ModelError
-from filterpress.statistics import Moments, measure, patches, recalibrate_
+from filterpress.statistics import Moments, measure, note_offsets_, patches, recalibrate_
 from tests import networks
 from tests.moments import apart
 
@@ -293,3 +293,20 @@ def test_where_single_precision_does_not_converge_double_does(says_so, monkeypat
     values, vectors = statistics.eigen(matrix)
     assert values.dtype == torch.float32
     torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_channel_whose_statistics_lag_behind_stays_harmless():
+    """As after a filter has been pruned and trained around for a few steps only."""
+    network = networks.make("residual")
+    norm = network.blocks[0].first[1]
+    with torch.no_grad():
+        network.blocks[0].first[0].weight[2] = 0
+        norm.running_mean[2], norm.running_var[2] = 0.3, 0.5
+    images = networks.images(200)
+    changed = copy.deepcopy(network)
+    note_offsets_(changed, images)
+    recalibrate_(changed, images)
+    with torch.no_grad():
+        constant = changed.blocks[0].first[0](network.stem(images))
+        made = changed.blocks[0].first[1](constant)[:, 2]
+    torch.testing.assert_close(made, norm.bias[2].detach().expand_as(made))

@@ -43,12 +43,7 @@ from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, forward, in_bfloat16
 
 Schedule = Literal["cubic", "geometric"]
-#: Sets a share of a network's weights to zero by their saliency; those that are zero count.
-Cut = Callable[[nn.Module, Mapping[str, Tensor], float], None]
-#: Prepares to cut a network, with images to trace it with.
-Plan = Callable[[nn.Module, Tensor], Cut]
-
-IMAGES = 1024  # on which batch-norm of a quantised network is measured again
+IMAGES = 1024  # on which batch-norm is measured again after a cut
 LEAST = 1e-9  # normalised gradient that every weight has
 HIGHEST = 0.95  # rate that a budget can ask for; the rest is better left to fewer bits
 HALVINGS = 7  # of the interval in which that rate is searched
@@ -104,6 +99,17 @@ class PruningConfig(FitConfig):
         return [1 - (1 - last) ** share for share in passed]
 
 
+class Way(NamedTuple):
+    """A way to prune one network."""
+
+    #: From the saliency of all weights and a rate, which weights stay: booleans by layer name that
+    #: broadcast to the layer's weight. What is zero already counts.
+    kept: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]]
+    #: Sets the others to zero.
+    remove_: Callable[[nn.Module, Mapping[str, Tensor]], None]
+    shrink: bool  # whether to cut the channels that nothing reads any more
+
+
 class Pruned(NamedTuple):
     """What came of pruning in turns."""
 
@@ -116,11 +122,10 @@ def prune_in_turns(
     model: nn.Module,
     task: Task,
     config: PruningConfig,
-    plan: Plan,
+    plan: Callable[[nn.Module, Tensor], Way],
     *,
     goal: Goal,
     seed: int,
-    shrink: bool = True,
 ) -> Pruned:
     """Prune and retrain by turns.
 
@@ -128,10 +133,9 @@ def prune_in_turns(
         model: Network to prune, and the teacher of the retrains.
         task: Data, loss and score.
         config: How much, and in which turns.
-        plan: Says what a share of the network is.
+        plan: Given the network in plain form and calibration images, says how to prune it.
         goal: The budget, from which the rate follows where the config has none.
         seed: Seed of the retrains.
-        shrink: Whether to cut the channels that nothing reads any more.
 
     Returns:
         The network in plain form, or a copy of the one given where nothing need go or can; the
@@ -140,14 +144,14 @@ def prune_in_turns(
     """
     images = calibration(task, IMAGES, seed)
     network = statistics.plain_for(model, images)
+    statistics.forget_offsets_(network)  # a channel that shrinks would be off by a lot
     teacher, before = copy.deepcopy(model).eval(), weights_left(network)
-    cut_ = plan(network, images[:2])
-    saliency = measure(network, task, config)
+    way, saliency = plan(network, images), measure(network, task, config)
 
     def cut(rate: float) -> nn.Module:
         made = copy.deepcopy(network)
-        cut_(made, saliency, rate)
-        if shrink:
+        zero_(made, way.kept(saliency, rate))
+        if way.shrink:
             cut_unread_(made, images[:2])
         return made
 
@@ -157,9 +161,10 @@ def prune_in_turns(
     for turn, share in enumerate(config.rates(rate)):
         if turn:
             saliency = measure(network, task, config)
-        cut_(network, saliency, share)
+        way.remove_(network, way.kept(saliency, share))
+        statistics.recalibrate_(network, images)
         result = fine_tune_(network, teacher, task, config, seed=seed + turn)
-    channels = cut_unread_(network, images[:2]) if shrink else 0
+    channels = cut_unread_(network, images[:2]) if way.shrink else 0
     after = weights_left(network)
     notes: dict[str, float | str] = {
         "rate": rate,

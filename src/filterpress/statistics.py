@@ -149,8 +149,7 @@ def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
         The copy, whose batch-norm remembers for `recalibrate_` how it differed from these images'.
     """
     noted = copy.deepcopy(model)
-    for norm in _norms(noted):
-        _forget_(norm)
+    forget_offsets_(noted)
     note_offsets_(noted, images)
     result = plain(noted)
     if any(is_quantized(module) for module in model.modules()):
@@ -271,15 +270,16 @@ def note_offsets_(model: nn.Module, images: Tensor) -> None:
     if all("offset" in norm._buffers for norm in _norms(model)):
         return
     measured = copy.deepcopy(model)
-    for norm in _norms(measured):
-        _forget_(norm)
+    forget_offsets_(measured)
     recalibrate_(measured, images)
     for norm, other in zip(_norms(model), _norms(measured), strict=True):
         if "offset" in norm._buffers:
             continue
         mean, variance = other.running_mean, other.running_var
         factor = torch.where(variance > 0, norm.running_var / variance, 1)
-        norm.register_buffer("offset", norm.running_mean - mean, persistent=False)
+        # a constant channel has no deviation to divide by, and none that its mean may be off
+        offset = torch.where(variance > 0, norm.running_mean - mean, 0)
+        norm.register_buffer("offset", offset, persistent=False)
         norm.register_buffer("factor", factor, persistent=False)
 
 
@@ -308,9 +308,11 @@ def recalibrate_(model: nn.Module, images: Tensor) -> None:
     model.eval()
 
 
-def _forget_(norm: Any) -> None:
-    norm._buffers.pop("offset", None)
-    norm._buffers.pop("factor", None)
+def forget_offsets_(model: nn.Module) -> None:
+    """Let a later `recalibrate_` take what it measures as it is."""
+    for norm in _norms(model):
+        norm._buffers.pop("offset", None)
+        norm._buffers.pop("factor", None)
 
 
 def _norms(model: nn.Module) -> list[Any]:

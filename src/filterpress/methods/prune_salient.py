@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
-from filterpress.saliency import PruningConfig, kept_of, prune_in_turns, zero_
+from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns, zero_
 from filterpress.tasks import Task
 
 
@@ -52,9 +52,10 @@ def prune_salient(
     Raises:
         ModelError: A weight or a gradient is not finite.
     """
-    return Outcome(*prune_in_turns(model, task, config, lambda *_: _cut_, goal=goal, seed=seed))
+    way = Way(kept_weights, zero_, shrink=True)
+    return Outcome(*prune_in_turns(model, task, config, lambda *_: way, goal=goal, seed=seed))
 
 
-def _cut_(network: nn.Module, saliency: Mapping[str, Tensor], rate: float) -> None:
-    kept = kept_of(list(saliency.values()), rate)
-    zero_(network, dict(zip(saliency, kept, strict=True)))
+def kept_weights(saliency: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """Keep all but a share of the weights of a network, those of least saliency."""
+    return dict(zip(saliency, kept_of(list(saliency.values()), rate), strict=True))

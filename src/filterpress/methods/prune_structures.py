@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from filterpress import package
+from filterpress import package, statistics
+from filterpress.compensation import PRUNED, refit
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
 from filterpress.representations import Layer
-from filterpress.saliency import Cut, PruningConfig, kept_of, prune_in_turns, zero_
+from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns, zero_
 from filterpress.surgery import ChannelGroup, channel_groups, features_left, layers
 from filterpress.tasks import Task
 
@@ -91,71 +92,104 @@ def prune_structures(
         ModelError: A weight or a gradient is not finite.
     """
 
-    def plan(network: nn.Module, example: Tensor) -> Cut:
-        if config.grain == "n:m":
-            return partial(_cut_blocks_, config.m)
-        costs = weight_costs(network, example, config.balance)
+    def plan(network: nn.Module, images: Tensor) -> Way:
+        if config.grain == "n:m":  # a channel less would shift the blocks
+            return Way(partial(kept_blocks, config.m), zero_, shrink=False)
+        costs = weight_costs(network, images, config.balance)
+        make_up_ = partial(_remove_inputs_, images, seed)
         if config.grain == "channels":
-            return partial(_cut_channels_, costs)
-        return partial(_cut_filters_, channel_groups(network, example), costs)
+            return Way(partial(kept_inputs, layers(network), costs), make_up_, shrink=True)
+        groups = channel_groups(network, images[:2])
+        return Way(partial(kept_filters, network, groups, costs), make_up_, shrink=True)
 
-    shrink = config.grain != "n:m"  # a channel less would shift the blocks
-    pruned = prune_in_turns(model, task, config, plan, goal=goal, seed=seed, shrink=shrink)
-    return Outcome(*pruned)
+    return Outcome(*prune_in_turns(model, task, config, plan, goal=goal, seed=seed))
 
 
-def _cut_filters_(
+def kept_filters(
+    network: nn.Module,
     groups: Sequence[ChannelGroup],
     costs: Mapping[str, float],
-    network: nn.Module,
     saliency: Saliency,
     rate: float,
-) -> None:
-    """Let nothing read the channels of least saliency."""
+) -> dict[str, Tensor]:
+    """Keep all but a share of the channels, and say what that leaves to those that read them.
+
+    Args:
+        network: The network of the groups.
+        groups: The channels that can be cut.
+        costs: Of one weight, by layer name.
+        saliency: Of all weights, by layer name.
+        rate: Share of the channels that convolutions make, and of those of linear layers.
+
+    Returns:
+        Booleans by layer name, ``(1, I, 1, 1)`` or ``(1, I)``.
+    """
     modules = layers(network)
+    left: dict[str, Tensor] = {}
     for linear in (False, True):
-        of_kind = [
+        alike = [
             group
             for group in groups
             if all(isinstance(modules[m.name], nn.Linear) for m in group.producers) == linear
         ]
-        kept = kept_of([filter_scores(group, saliency, costs) for group in of_kind], rate)
-        _keep_features_(network, features_left(network, of_kind, kept))
+        kept = kept_of([filter_scores(group, saliency, costs) for group in alike], rate)
+        for name, features in features_left(network, alike, kept).items():
+            left[name] = left.get(name, torch.tensor(True)) & features
+    return _by_input(left, saliency)
 
 
-def _cut_channels_(
-    costs: Mapping[str, float], network: nn.Module, saliency: Saliency, rate: float
-) -> None:
-    """Let each layer read the channels of most saliency only."""
+def kept_inputs(
+    modules: Mapping[str, Layer], costs: Mapping[str, float], saliency: Saliency, rate: float
+) -> dict[str, Tensor]:
+    """Keep all but a share of the input channels of convolutions, and of those of linear layers.
+
+    Args:
+        modules: The layers of the network; grouped ones keep all.
+        costs: Of one weight, by layer name.
+        saliency: Of all weights, by layer name.
+        rate: Share of the input channels.
+
+    Returns:
+        Booleans by layer name, ``(1, I, 1, 1)`` or ``(1, I)``.
+    """
+    left: dict[str, Tensor] = {}
     for linear in (False, True):
         names = [
             name
-            for name, layer in layers(network).items()
-            if isinstance(layer, nn.Linear) == linear and not _is_grouped(layer)
+            for name, layer in modules.items()
+            if isinstance(layer, nn.Linear) == linear and getattr(layer, "groups", 1) == 1
         ]
         scores = [along(saliency[n], 1).mean(dim=1) / costs[n] for n in names]
-        _keep_features_(network, dict(zip(names, kept_of(scores, rate), strict=True)))
+        left |= dict(zip(names, kept_of(scores, rate), strict=True))
+    return _by_input(left, saliency)
 
 
-def _cut_blocks_(m: int, network: nn.Module, saliency: Saliency, rate: float) -> None:
-    """Leave a few weights of each block of consecutive input channels."""
+def _by_input(left: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """View booleans ``(I,)`` so that they broadcast to the weights."""
+    return {n: keep.view(1, -1, *[1] * (weights[n].ndim - 2)) for n, keep in left.items()}
+
+
+def kept_blocks(m: int, saliency: Saliency, rate: float) -> dict[str, Tensor]:
+    """Keep the same number of weights, at least one, in all blocks of m input channels."""
     n = max(1, m - round(rate * m))
-    zero_(network, {name: kept_of_blocks(score, n, m) for name, score in saliency.items()})
+    return {name: kept_of_blocks(score, n, m) for name, score in saliency.items()}
 
 
-def _keep_features_(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Set the weights of input features to zero, those that are false in ``(I,)`` by layer."""
-    zero_(
-        network,
-        {
-            name: keep.view(-1, *[1] * (layers(network)[name].weight.ndim - 2))
-            for name, keep in kept.items()
-        },
-    )
+def _remove_inputs_(
+    images: Tensor, seed: int, network: nn.Module, kept: Mapping[str, Tensor]
+) -> None:
+    """Set the weights of input channels to zero, and let the others of the layer do their work.
 
-
-def _is_grouped(layer: Layer) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1
+    Where connections have been pruned before, the others stay as they are.
+    """
+    moments = statistics.measure(network, images, seed=seed)
+    with torch.no_grad():
+        for name, keep in kept.items():
+            weight, inputs = layers(network)[name].weight, keep.flatten()
+            pruned = float((weight[:, inputs] == 0).float().mean()) > PRUNED
+            if not pruned and not inputs.all() and name in moments:
+                weight.copy_(refit(weight, moments[name], inputs))
+    zero_(network, kept)
 
 
 def weight_costs(network: nn.Module, example: Tensor, balance: float) -> dict[str, float]:
