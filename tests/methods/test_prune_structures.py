@@ -8,6 +8,7 @@ from filterpress.fitting import Goal
 from filterpress.methods.prune_structures import (
     StructureConfig,
     filter_scores,
+    in_multiples,
     kept_of_blocks,
     prune_structures,
     weight_costs,
@@ -22,7 +23,9 @@ every_network = pytest.mark.parametrize("name", networks.BUILDERS)
 
 
 def config(**fields):
-    return StructureConfig(**{"precision": "float32", "batch_size": 64, "steps": 1} | fields)
+    return StructureConfig(
+        **{"precision": "float32", "batch_size": 64, "steps": 1, "multiple": 1} | fields
+    )
 
 
 def size(network):
@@ -106,6 +109,27 @@ def test_a_flattened_channel_has_a_weight_for_each_position():
     scores = filter_scores(group, saliency, dict.fromkeys(saliency, 1.0))
     worth = saliency["3"][2].sum() + saliency["8"][:, 8:12].sum()
     assert float(scores[2]) == pytest.approx(float(worth) / (8 * 9 + 12 * 4), rel=1e-4)
+
+
+@pytest.mark.parametrize(("n_kept", "n_found"), [(1, 4), (5, 4), (7, 8), (9, 8), (10, 10)])
+def test_as_many_stay_as_the_nearest_multiple_or_all(n_kept, n_found):
+    scores = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    kept = scores >= scores.sort(descending=True).values[n_kept - 1]
+    (found,) = in_multiples([scores], [kept], 4)
+    assert int(found.sum()) == n_found
+    assert scores[found].min() >= scores[~found].max() if n_found < 10 else found.all()
+
+
+@every_network
+@pytest.mark.parametrize("grain", ["filters", "channels"])
+def test_widths_are_multiples_or_as_before(name, grain):
+    network = networks.make(name)
+    made = prune(network, grain=grain, rate=0.5, multiple=4)
+    before = {n: len(layer.weight) for n, layer in layers(network).items()}
+    widths = {n: len(layer.weight) for n, layer in layers(made.model).items()}
+    assert widths != before
+    for n, width in widths.items():
+        assert width == before[n] or width % 4 == 0
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
@@ -229,7 +253,8 @@ def test_a_package_of_a_smaller_network_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("grain", "kernels"), ("balance", 1.1), ("m", 1), ("rate", -0.5)]
+    ("field", "value"),
+    [("grain", "kernels"), ("balance", 1.1), ("multiple", 0), ("m", 1), ("rate", -0.5)],
 )
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be "):

@@ -56,11 +56,14 @@ class StructureConfig(PruningConfig):
         grain: What goes as a whole: filters, channels, or n:m.
         balance: Weight of parameters in what a filter or channel costs, in [0, 1]; the rest is that
             of multiply-accumulates.
+        multiple: As many filters or channels stay of each kind, or a multiple of it, or all: others
+            leave the fast paths of most runtimes.
         m: Consecutive input channels in a block of n:m, of which as many go as the rate says.
     """
 
     grain: Grain = "filters"
     balance: float = 0.5
+    multiple: int = 8
     m: int = 4
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class StructureConfig(PruningConfig):
             raise ValueError(f"grain must be one of {get_args(Grain)}, got {self.grain!r}")
         if not 0 <= self.balance <= 1:
             raise ValueError(f"balance must be in [0, 1], got {self.balance}")
+        if self.multiple < 1:
+            raise ValueError(f"multiple must be at least 1, got {self.multiple}")
         if self.m < 2:
             raise ValueError(f"m must be at least 2, got {self.m}")
 
@@ -98,9 +103,11 @@ def prune_structures(
         costs = weight_costs(network, images, config.balance)
         make_up_ = partial(_remove_inputs_, images, seed)
         if config.grain == "channels":
-            return Way(partial(kept_inputs, layers(network), costs), make_up_, shrink=True)
-        groups = channel_groups(network, images[:2])
-        return Way(partial(kept_filters, network, groups, costs), make_up_, shrink=True)
+            kept = partial(kept_inputs, layers(network), costs, config.multiple)
+        else:
+            groups = channel_groups(network, images[:2])
+            kept = partial(kept_filters, network, groups, costs, config.multiple)
+        return Way(kept, make_up_, shrink=True)
 
     return Outcome(*prune_in_turns(model, task, config, plan, goal=goal, seed=seed))
 
@@ -109,6 +116,7 @@ def kept_filters(
     network: nn.Module,
     groups: Sequence[ChannelGroup],
     costs: Mapping[str, float],
+    multiple: int,
     saliency: Saliency,
     rate: float,
 ) -> dict[str, Tensor]:
@@ -118,6 +126,7 @@ def kept_filters(
         network: The network of the groups.
         groups: The channels that can be cut.
         costs: Of one weight, by layer name.
+        multiple: Of which as many channels of a group stay.
         saliency: Of all weights, by layer name.
         rate: Share of the channels that convolutions make, and of those of linear layers.
 
@@ -132,20 +141,26 @@ def kept_filters(
             for group in groups
             if all(isinstance(modules[m.name], nn.Linear) for m in group.producers) == linear
         ]
-        kept = kept_of([filter_scores(group, saliency, costs) for group in alike], rate)
+        scores = [filter_scores(group, saliency, costs) for group in alike]
+        kept = in_multiples(scores, kept_of(scores, rate), multiple)
         for name, features in features_left(network, alike, kept).items():
             left[name] = left.get(name, torch.tensor(True)) & features
     return _by_input(left, saliency)
 
 
 def kept_inputs(
-    modules: Mapping[str, Layer], costs: Mapping[str, float], saliency: Saliency, rate: float
+    modules: Mapping[str, Layer],
+    costs: Mapping[str, float],
+    multiple: int,
+    saliency: Saliency,
+    rate: float,
 ) -> dict[str, Tensor]:
     """Keep all but a share of the input channels of convolutions, and of those of linear layers.
 
     Args:
         modules: The layers of the network; grouped ones keep all.
         costs: Of one weight, by layer name.
+        multiple: Of which as many input channels of a layer stay.
         saliency: Of all weights, by layer name.
         rate: Share of the input channels.
 
@@ -160,13 +175,35 @@ def kept_inputs(
             if isinstance(layer, nn.Linear) == linear and getattr(layer, "groups", 1) == 1
         ]
         scores = [along(saliency[n], 1).mean(dim=1) / costs[n] for n in names]
-        left |= dict(zip(names, kept_of(scores, rate), strict=True))
+        kept = in_multiples(scores, kept_of(scores, rate), multiple)
+        left |= dict(zip(names, kept, strict=True))
     return _by_input(left, saliency)
 
 
 def _by_input(left: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """View booleans ``(I,)`` so that they broadcast to the weights."""
     return {n: keep.view(1, -1, *[1] * (weights[n].ndim - 2)) for n, keep in left.items()}
+
+
+def in_multiples(scores: Sequence[Tensor], kept: Sequence[Tensor], multiple: int) -> list[Tensor]:
+    """Keep some more or fewer, so that their number is the nearest multiple, or all.
+
+    Args:
+        scores: ``(n,)`` each; the highest stay.
+        kept: Booleans ``(n,)`` each.
+        multiple: Where it is more than n, all stay.
+
+    Example:
+        >>> scores, kept = torch.arange(6.0), torch.arange(6) > 2
+        >>> [keep.long().tolist() for keep in in_multiples([scores], [kept], 4)]
+        [[0, 0, 1, 1, 1, 1]]
+    """
+    found = []
+    for score, keep in zip(scores, kept, strict=True):
+        n = max(1, round(int(keep.sum()) / multiple)) * multiple
+        highest = score.argsort(descending=True, stable=True)[:n]
+        found.append(torch.zeros_like(keep).index_fill(0, highest, True))
+    return found
 
 
 def kept_blocks(m: int, saliency: Saliency, rate: float) -> dict[str, Tensor]:
