@@ -1,24 +1,40 @@
 r"""Remove what the loss hangs on least in pieces that hardware can leave out.
 
-Saliency (see `saliency`) is added up over filters, over the input channels of a layer, or compared
-within blocks of consecutive input channels, and the pieces with the least of it for what they cost
-go, in turns with retraining. What a piece costs is a mix of its share of the network's parameters
-and of its multiply-accumulates; convolutions and fully connected layers are ranked apart.
+Saliency (see `saliency`) is added up over filters or input channels, or compared within blocks of
+consecutive input channels, and the pieces with the least of it for what they cost go, in turns with
+retraining. What a piece costs is a mix of its shares of the network's parameters and of its
+multiply-accumulates; convolutions and fully connected layers are ranked apart.
 
 Grains:
-    filters: Whole output channels, or neurons of fully connected layers, from every layer that
-        makes or reads them: residual sums, concatenations and depthwise convolutions go along. Any
-        runtime is faster for it.
-    channels: Input channels of one layer each. Where no other layer reads the channel it is cut as
-        above; elsewhere its weights are zeros, which are cheap in the file and as slow as others.
-    2:4, or any N:M: Of every M consecutive input channels of a filter, at each place of its kernel,
-        N weights stay. No other share goes and no costs count. Faster only on hardware made for the
-        pattern; ONNX Runtime on a CPU is not.
+    filters: Output channels, or neurons of fully connected layers, with all that makes, passes on
+        or reads them: residual sums, concatenations and depthwise convolutions go along. For any
+        runtime. Saves a row in one layer and a column in the next, in bits and in
+        multiply-accumulates. Before each retrain the weights that read the channels are solved
+        again, to do without those gone.
+    channels: Input channels of one layer. One that no other layer reads is cut as above; elsewhere
+        its weights become zeros, cheap in the file and as slow as others. For networks whose
+        residual sums leave little to cut.
+    n:m: Of every m consecutive input channels of a filter, at each place of its kernel, the same
+        number of weights stays; with a rate of 0.5, two of four. Costs do not count. For hardware
+        made for the pattern; it saves bits as zeros do, and on others no time.
 
-TODO numbers
+Single connections are the matter of `prune_salient`.
+
+On ResNet-20 at 28 pixels, ``benchmarks/latency.py`` (ONNX Runtime, one thread, one image) finds
+0.85 of the time for 30 % of the filters gone, 0.77 for 50 %, 0.78 for 50 % of the channels, and 0.99
+for two of four. With widths that are not multiples of 8, 30 % of the filters gone take 1.20 of the
+time and not 0.85: the runtime leaves its blocked convolutions. Does not help there, and where layers
+are too narrow to be halved. Compensation counts: with a quarter of that network's channels gone and
+no retrain, 90.2 % on 2,000 images of the validation set, and 72.3 % without it. From the network
+that ``filterpress train --data digits`` makes, ``{"method": "structured", "rate": 0.3, "epochs": 4,
+"steps": 2, "multiple": 1}`` took 49 % of the parameters and 36 % of the multiply-accumulates; 98.05
+of 97.77 % stayed on the validation set, 98.61 of 98.61 % on the test.
 
 Reference:
-    TODO
+    "The source" for the separate ranking and the balance; Molchanov et al., "Importance Estimation
+    for Neural Network Pruning", CVPR 2019, for sums of gradient times weight over filters; Mishra et
+    al., "Accelerating Sparse Deep Neural Networks", 2021, for n:m. Here the saliency is that of
+    batches without signs, over everything that goes with a channel, for what it costs.
 """
 
 from __future__ import annotations
