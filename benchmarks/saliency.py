@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from filterpress import package, statistics
 from filterpress.data import Arrays
 from filterpress.retraining import fine_tune_
-from filterpress.saliency import PruningConfig, kept_of, zero_
+from filterpress.saliency import PruningConfig, kept_of
+from filterpress.sparsity import prune_
 from filterpress.surgery import layers
 from filterpress.tasks import ImageClassification, Task, calibration
 
@@ -91,7 +92,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     for epochs, rate, way in product(given.epochs, given.rates, given.ways):
         pruned, score = copy.deepcopy(network), scores(way, sums, network)
         kept = kept_of(list(score.values()), rate)
-        zero_(pruned, dict(zip(score, kept, strict=True)))
+        prune_(pruned, dict(zip(score, kept, strict=True)))
         if epochs:
             fine_tune_(pruned, teacher, few, PruningConfig(epochs=epochs), seed=0)
         else:

@@ -19,8 +19,8 @@ from filterpress.saliency import (
     measure,
     rate_for,
     salience,
-    zero_,
 )
+from filterpress.sparsity import prune_
 from filterpress.surgery import layers
 from tests import networks
 
@@ -161,7 +161,7 @@ def test_weights_of_some_columns_go():
     network = networks.make("residual")
     name = "blocks.0.first.0"
     before = network.get_submodule(name).weight.detach().clone()
-    zero_(network, {name: (torch.arange(before.shape[1]) != 2).view(1, -1, 1, 1)})
+    prune_(network, {name: (torch.arange(before.shape[1]) != 2).view(1, -1, 1, 1)})
     after = network.get_submodule(name).weight.detach()
     assert not after[:, 2].any()
     assert after[:, :2].equal(before[:, :2])
@@ -183,7 +183,7 @@ def test_each_turn_of_a_geometric_schedule_removes_the_same_share_of_the_rest():
 def cut_weights(network, scores):
     def cut(rate):
         made = copy.deepcopy(network)
-        zero_(made, dict(zip(scores, kept_of(list(scores.values()), rate), strict=True)))
+        prune_(made, dict(zip(scores, kept_of(list(scores.values()), rate), strict=True)))
         return made
 
     return cut

@@ -38,6 +38,7 @@ from filterpress.processes import best_device
 from filterpress.progress import progress
 from filterpress.representations import quantize_
 from filterpress.retraining import fine_tune_
+from filterpress.sparsity import prune_
 from filterpress.surgery import cut_unread_, layers
 from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, forward, in_bfloat16
@@ -150,7 +151,7 @@ def prune_in_turns(
 
     def cut(rate: float) -> nn.Module:
         made = copy.deepcopy(network)
-        zero_(made, way.kept(saliency, rate))
+        prune_(made, way.kept(saliency, rate))
         if way.shrink:
             cut_unread_(made, images[:2])
         return made
@@ -270,18 +271,6 @@ def _first_of_all(score: Tensor) -> Tensor:
     """Flatten scores, with infinity in place of the highest."""
     flat = score.flatten()
     return flat.index_fill(0, flat.argmax(), math.inf)
-
-
-def zero_(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Set weights to zero.
-
-    Args:
-        network: A plain network, changed in place.
-        kept: By layer name, booleans that broadcast to the layer's weight; false ones go.
-    """
-    with torch.no_grad():
-        for name, keep in kept.items():
-            layers(network)[name].weight.masked_fill_(~keep, 0)
 
 
 def rate_for(goal: Goal, cut: Callable[[float], nn.Module], bits: int) -> float:

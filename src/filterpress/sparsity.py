@@ -126,7 +126,7 @@ def prune_(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
 
     Args:
         network: The network, changed in place.
-        kept: Boolean, of the shape of the weight of each layer, by its name.
+        kept: Boolean, by the name of a layer, that broadcast to its weight; false ones go.
     """
     with torch.no_grad():
         for name, keep in kept.items():

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
-from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns, zero_
+from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns
+from filterpress.sparsity import prune_
 from filterpress.tasks import Task
 
 
@@ -61,7 +62,7 @@ def prune_salient(
     Raises:
         ModelError: A weight or a gradient is not finite.
     """
-    way = Way(kept_weights, zero_, shrink=True)
+    way = Way(kept_weights, prune_, shrink=True)
     return Outcome(*prune_in_turns(model, task, config, lambda *_: way, goal=goal, seed=seed))
 
 

@@ -53,7 +53,8 @@ from filterpress.compensation import PRUNED, refit
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
 from filterpress.representations import Layer
-from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns, zero_
+from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns
+from filterpress.sparsity import prune_
 from filterpress.surgery import ChannelGroup, channel_groups, features_left, layers
 from filterpress.tasks import Task
 
@@ -115,7 +116,7 @@ def prune_structures(
 
     def plan(network: nn.Module, images: Tensor) -> Way:
         if config.grain == "n:m":  # a channel less would shift the blocks
-            return Way(partial(kept_blocks, config.m), zero_, shrink=False)
+            return Way(partial(kept_blocks, config.m), prune_, shrink=False)
         costs = weight_costs(network, images, config.balance)
         make_up_ = partial(_remove_inputs_, images, seed)
         if config.grain == "channels":
@@ -242,7 +243,7 @@ def _remove_inputs_(
             pruned = float((weight[:, inputs] == 0).float().mean()) > PRUNED
             if not pruned and not inputs.all() and name in moments:
                 weight.copy_(refit(weight, moments[name], inputs))
-    zero_(network, kept)
+    prune_(network, kept)
 
 
 def weight_costs(network: nn.Module, example: Tensor, balance: float) -> dict[str, float]:
