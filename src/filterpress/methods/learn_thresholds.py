@@ -16,10 +16,11 @@ above what ``h`` makes of them, and the network is trained on with its zeros hel
 
 Of ``n`` weights of which a share ``p`` is left, the file takes ``n (H(p) + b p)`` bits, ``H`` the
 binary entropy and ``b`` the bits of a weight, about four. A zero saves one multiply-accumulate a
-position on hardware that skips zeros, and none on any other. For a small network at a fortieth of
-its size, learning leaves half the divergence of even thresholds. It does not help where `reduce`
-follows, which finds the zeros worth their damage: in as many epochs that network did better under
-the same budget without (docs/adr/0026). In few steps thresholds stay near where they start.
+position on hardware that skips zeros, and none on any other. With a sixth of ResNet-20's weights,
+after 66 steps, learned thresholds were 0.6 points of accuracy below the network before, even ones
+4.5. It does not help where `reduce` follows, which finds the zeros worth their damage: in as many
+epochs a small network did better under the same budget without (docs/adr/0026). In few steps
+thresholds stay near where they start.
 
 Reference:
     Manessi et al., "Automated Pruning for Deep Neural Network Compression", ICPR 2018, for ``h``.
