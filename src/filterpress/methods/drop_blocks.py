@@ -6,10 +6,11 @@ each of its parameters, batch-norm measured again each time, for as long as the 
 drops together stays within an allowance.
 
 Saves all bits and multiply-accumulates of a block, and the time its layers take one after the
-other, which thinner layers do not; costs nothing in the file. Does not help networks that are short
-of blocks: of the seven of ResNet-20, trained for 3 epochs, each is needed, and the one that costs
-the least takes 2.0 points of 92.1 % with it. Networks without residual blocks are passed on, and
-blocks that change the shape stay.
+other, which thinner layers do not; costs nothing in the file. On Fashion-MNIST ResNet-18 does
+without its last block, 42 % of its weights, and loses 0.2 of 90.7 % on the validation set before
+any retraining. Does not help networks that are short of blocks: of the seven of ResNet-20, trained
+for 3 epochs, each is needed, and the one that costs the least takes 2 points of 92.1 % with it.
+Networks without residual blocks are passed on, and blocks that change the shape stay.
 
 Reference:
     Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", NIPS
@@ -48,7 +49,7 @@ class BlocksConfig:
         images: Calibration images; fewer where they are large.
     """
 
-    allowance: float = 0.01
+    allowance: float = 0.06
     images: int = 512
 
     def __post_init__(self) -> None:
