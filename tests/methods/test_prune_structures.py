@@ -121,10 +121,9 @@ def test_as_many_stay_as_the_nearest_multiple_or_all(n_kept, n_found):
 
 
 @every_network
-@pytest.mark.parametrize("grain", ["filters", "channels"])
-def test_widths_are_multiples_or_as_before(name, grain):
+def test_widths_are_multiples_or_as_before(name):
     network = networks.make(name)
-    made = prune(network, grain=grain, rate=0.5, multiple=4)
+    made = prune(network, rate=0.5, multiple=4)
     before = {n: len(layer.weight) for n, layer in layers(network).items()}
     widths = {n: len(layer.weight) for n, layer in layers(made.model).items()}
     assert widths != before

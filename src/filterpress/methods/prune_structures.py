@@ -73,8 +73,9 @@ class StructureConfig(PruningConfig):
         grain: What goes as a whole: filters, channels, or n:m.
         balance: Weight of parameters in what a filter or channel costs, in [0, 1]; the rest is that
             of multiply-accumulates.
-        multiple: As many filters or channels stay of each kind, or a multiple of it, or all: others
-            leave the fast paths of most runtimes.
+        multiple: The filters that stay of a layer, or of layers that share channels, are a multiple
+            of it, or all; of channels those that each layer reads. Others leave the fast paths of
+            most runtimes.
         m: Consecutive input channels in a block of n:m, of which as many go as the rate says.
     """
 
@@ -203,7 +204,7 @@ def _by_input(left: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict
 
 
 def in_multiples(scores: Sequence[Tensor], kept: Sequence[Tensor], multiple: int) -> list[Tensor]:
-    """Keep some more or fewer, so that their number is the nearest multiple, or all.
+    """Keep some more or fewer, so that their number is a multiple, or all: the nearest of these.
 
     Args:
         scores: ``(n,)`` each; the highest stay.
@@ -217,8 +218,11 @@ def in_multiples(scores: Sequence[Tensor], kept: Sequence[Tensor], multiple: int
     """
     found = []
     for score, keep in zip(scores, kept, strict=True):
-        n = max(1, round(int(keep.sum()) / multiple)) * multiple
-        highest = score.argsort(descending=True, stable=True)[:n]
+        n = int(keep.sum())
+        fewer = n // multiple * multiple
+        more = min(fewer + multiple, len(keep))
+        nearest = fewer if fewer > 0 and n - fewer <= more - n else more
+        highest = score.argsort(descending=True, stable=True)[:nearest]
         found.append(torch.zeros_like(keep).index_fill(0, highest, True))
     return found
 
