@@ -26,7 +26,7 @@ FORMS = {  # what is tried of a method, where that is not its defaults alone
     ("prune", "blocks"): ['{"allowance": 1000.0}'],
     ("prune", "structured"): [
         "{}",
-        '{"grain": "channels", "rate": 0.3, "steps": 1}',
+        '{"grain": "channels", "rate": 0.3, "steps": 1, "multiple": 2}',
         '{"grain": "n:m", "rate": 0.5, "steps": 1}',
     ],
     ("reduce", "quantize"): [
