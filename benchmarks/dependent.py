@@ -51,7 +51,7 @@ from trellis import EIGHT, FOUR, ONE_GRID, Integers, Trellis, search_rows, state
 from filterpress import package, statistics
 from filterpress.allocation import SLOPE, steps_of
 from filterpress.codec import estimate_bits
-from filterpress.rounding import DAMPING, _factor, round_compensated, seen_rows
+from filterpress.rounding import DAMPING, factorise, round_compensated, seen_rows
 from filterpress.statistics import Moments
 from filterpress.surgery import layers
 from filterpress.tasks import calibration
@@ -119,7 +119,7 @@ def apart(moments: Moments) -> Moments:
 
 def prepare(weight: Tensor, moments: Moments, others: Moments) -> Rows:
     """Take from a layer of one group what its roundings have in common."""
-    unit, scale = (part[0] for part in _factor(moments.inputs, DAMPING))
+    unit, scale = (part[0] for part in factorise(moments.inputs, DAMPING))
     identity = torch.eye(len(unit))
     upper = torch.linalg.solve_triangular(unit, identity, upper=True) * scale.rsqrt()[:, None]
     power = moments.inputs[0].diagonal()

@@ -16,10 +16,12 @@ from filterpress import codec, export
 from filterpress.codec.graph import fill, strip
 from filterpress.errors import ModelError
 from filterpress.export import to_graph
+from filterpress.forms import Templates
 from filterpress.representations import (
     ChannelOrder,
     Projected,
     like,
+    multiply_templates_,
     quantize_,
     share_levels_,
     without_quantization,
@@ -246,6 +248,39 @@ def test_the_decoded_file_gathers_weights_from_their_codebooks(name, n_levels, f
     for layer in layers(network).values():
         share_(layer, min(n_levels, layer.weight.numel()))
     assert_same(network, tolerance=1e-2)  # so coarse, they leave little of the outputs
+
+
+def multiply_kernels_(network):
+    """Let kernels of 3 x 3 be multiples of templates that the codec stores; count their layers."""
+    generator, n_shared = torch.Generator().manual_seed(0), 0
+    values = (torch.randn(3, 3, 3, generator=generator) * 64).round() / 64
+    templates = Templates(values, learn=False)
+    for name, layer in layers(without_quantization(network, rounded=True)).items():
+        if layer.weight.shape[2:] == (3, 3):
+            n_out, n_in = layer.weight.shape[:2]
+            indices = torch.randint(3, (n_out, n_in), generator=generator)
+            step = on_grid(torch.linspace(1e-3, 2e-3, n_out))
+            multiply_templates_(layer, templates, indices, step, 2 * step)
+            network.set_submodule(name, layer)
+            n_shared += 1
+    return n_shared
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_decoded_file_makes_kernels_of_templates(name, fine):
+    network = storable_(networks.make(name))
+    n_shared = multiply_kernels_(network)
+    assert_same(network)
+    _, tensors = to_graph(network, networks.SHAPE)
+    assert sum(name.endswith("templates") for name in tensors) == 1
+    assert sum(name.endswith("factors") for name in tensors) == n_shared > 0
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_multiples_of_templates_and_batch_norm_may_meet_anywhere(case, fine):
+    network = storable_(ODD[case]())
+    multiply_kernels_(network)
+    assert_same(network)
 
 
 @pytest.mark.parametrize("case", ODD)

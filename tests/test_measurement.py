@@ -8,8 +8,9 @@ from torch import nn
 from filterpress import codec, measurement
 from filterpress.data import Arrays, DataSet
 from filterpress.errors import BitstreamError
+from filterpress.forms import Templates
 from filterpress.package import Package, encode
-from filterpress.representations import Projected, like, quantize_
+from filterpress.representations import Projected, like, multiply_templates_, quantize_
 from filterpress.surgery import layers
 from filterpress.tasks import ImageClassification
 from tests import networks
@@ -154,6 +155,30 @@ def test_the_halves_of_a_projected_layer_are_one_row_of_its_shape(source):
             assert (row["rank"], row["groups"]) == (2, list(halves).index(name) + 1)
             n_weights = sum(half.weight.numel() for half in halves[name])
             assert row["n_bytes"] == pytest.approx(row["bits_per_weight"] * n_weights / 8, abs=1)
+
+
+def test_all_that_multiples_of_templates_are_made_of_is_one_row(source):
+    network = networks.make("residual")
+    templates = Templates(torch.randn(4, 3, 3), learn=False)
+    shared = [name for name, m in layers(network).items() if m.weight.shape[2:] == (3, 3)]
+    for name in shared:
+        layer = network.get_submodule(name)
+        n_out, n_in = layer.weight.shape[:2]
+        steps = torch.full((n_out,), 0.01), torch.full((n_out,), 0.02)
+        indices = torch.randint(4, (n_out, n_in))
+        multiply_templates_(layer, templates, indices, *steps)
+    encoded = encode(source, network)
+    rows = measurement.layer_rows(encoded, network)
+    assert [row["name"] for row in rows] == list(layers(network))
+    stored = codec.decode(encoded).tensors
+    for row in rows:
+        weight = network.get_submodule(row["name"]).weight
+        assert row["shape"] == list(weight.shape)
+        assert row["n_bytes"] == pytest.approx(row["bits_per_weight"] * weight.numel() / 8, abs=1)
+        parts = [t for name, t in stored.items() if name.startswith(f"{row['name']}.")]
+        bits = sum(codec.estimate_bits(t.integers) for t in parts if t.integers.ndim > 1)
+        assert row["n_bytes"] == round(bits / 8)
+        assert len(parts) >= (4 if row["name"] in shared else 1)
 
 
 def test_weights_that_belong_to_no_layer_come_last():

@@ -11,6 +11,7 @@ from torch import nn
 
 from filterpress import codec
 from filterpress.errors import FilterpressError, PackageError
+from filterpress.forms import Templates
 from filterpress.package import (
     Package,
     construct,
@@ -22,7 +23,14 @@ from filterpress.package import (
     read_description,
     save,
 )
-from filterpress.representations import ChannelOrder, Projected, like, quantize_, share_levels_
+from filterpress.representations import (
+    ChannelOrder,
+    Projected,
+    like,
+    multiply_templates_,
+    quantize_,
+    share_levels_,
+)
 from filterpress.surgery import channel_groups, keep_channels_, layers
 from tests import networks
 
@@ -86,6 +94,18 @@ def shared_(network):
         share_levels_(layer, levels, distances.argmin(dim=-1))
 
 
+def multiplied_(network):
+    """Let kernels be multiples of templates, one layer's own and others' shared and learning."""
+    values = torch.linspace(-1, 1, 27).view(3, 3, 3)
+    both = Templates(values, learn=True), Templates(values + 1, learn=False)
+    for position, layer in enumerate(layers(network).values()):
+        if layer.weight.shape[2:] == (3, 3):
+            n_out, n_in = layer.weight.shape[:2]
+            indices = torch.arange(n_out * n_in).view(n_out, n_in) % 3
+            found = torch.linspace(0.01, 0.1, n_out), torch.full((n_out,), 0.02)
+            multiply_templates_(layer, both[position == 0], indices, *found, 0.2)
+
+
 def pruned_(network):
     groups = channel_groups(network, IMAGES[:2])
     keep_channels_(network, groups, [torch.arange(g.n_channels) % 3 > 0 for g in groups])
@@ -104,6 +124,7 @@ CHANGES = {
     "bounded": [bounded_],
     "shared": [shared_],
     "projected and shared": [projected_, shared_],
+    "multiples of templates": [multiplied_],
     "pruned": [pruned_],
     "projected": [projected_],
     "all": [pruned_, projected_, quantised_],
@@ -132,6 +153,14 @@ def test_an_index_beyond_the_levels_is_refused(tmp_path):
     indices = network.get_buffer("stem.0.parametrizations.weight.0.indices")
     indices[0, 0, 0, 0] = 5
     with pytest.raises(PackageError, match=r"indices of stem\.0 must be below 5"):
+        load(written(package_of("residual", network), tmp_path / "package"))
+
+
+def test_an_index_beyond_the_templates_is_refused(tmp_path):
+    network = networks.make("residual")
+    multiplied_(network)
+    network.get_buffer("stem.0.parametrizations.weight.0.indices")[0, 0] = 3
+    with pytest.raises(PackageError, match=r"indices of stem\.0 must be below 3"):
         load(written(package_of("residual", network), tmp_path / "package"))
 
 

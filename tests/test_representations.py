@@ -8,20 +8,25 @@ import torch
 from torch import nn
 
 from filterpress.codec import quantize, snap
+from filterpress.forms import Quantized, Templates
 from filterpress.representations import (
     ChannelOrder,
-    Quantized,
     coarsen_,
+    form_of,
     has_codebook,
+    has_linear_kernels,
     indices_of,
     integers_of,
     is_quantized,
     latent_weight,
     levels_of,
     like,
+    multiply_templates_,
     quantize_,
+    roundings,
     share_levels_,
     step_of,
+    tie_templates_,
     without_quantization,
 )
 from tests import networks
@@ -172,6 +177,91 @@ def test_copies_of_a_codebook_are_independent(shared):
     assert twin.weight.equal(3 * before)
 
 
+def multiples(layer, *, learn=False, seed=0):
+    """Give a convolution of 3 x 3 four templates, neither mean-free nor of unit norm."""
+    n_out, n_in = layer.weight.shape[:2]
+    values = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(seed))
+    indices = torch.arange(n_out * n_in).view(n_out, n_in) % 4
+    templates = Templates(values, learn=learn)
+    multiply_templates_(layer, templates, indices, steps(n_out), 0.5 * steps(n_out))
+    return layer
+
+
+def test_each_kernel_is_a_factor_of_its_template_and_an_offset():
+    layer = multiples(nn.Conv2d(3, 5, 3))
+    assert has_linear_kernels(layer)
+    assert not is_quantized(layer)
+    assert not has_linear_kernels(nn.Conv2d(3, 5, 3))
+    form = form_of(layer)
+    factors, offsets = (
+        form.integers(layer.get_parameter(name).detach()) * form.step[:, None]
+        for name, form in roundings(layer).items()
+    )
+    for row in range(5):
+        for column in range(3):
+            shape = form.templates.values[(3 * row + column) % 4]
+            expected = factors[row, column] * shape + offsets[row, column]
+            torch.testing.assert_close(layer.weight[row, column].detach(), expected)
+
+
+def test_an_assigned_weight_gives_each_kernel_the_nearest_factor_and_offset():
+    layer, weight = multiples(nn.Conv2d(3, 5, 3)), torch.randn(5, 3, 3, 3)
+    layer.weight = weight
+    found = latent_weight(layer)
+    for row in range(5):
+        for column in range(3):
+            shape = form_of(layer).templates.values[(3 * row + column) % 4].flatten()
+            basis = torch.stack([shape, torch.ones(9)], dim=1)
+            kernel = weight[row, column].flatten()[:, None]
+            expected = basis @ torch.linalg.lstsq(basis, kernel).solution
+            torch.testing.assert_close(
+                found[row, column].flatten(), expected[:, 0], rtol=0, atol=1e-4
+            )
+    assert not layer.weight.equal(found)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_factors_and_offsets_learn_in_steps_and_templates_where_they_shall(learn):
+    layer, direction = multiples(nn.Conv2d(3, 5, 3), learn=learn), torch.randn(5, 3, 3, 3)
+    (layer.weight * direction).sum().backward()
+    shapes = form_of(layer).templates.values.detach()[indices_of(layer)]
+    expected = (direction * shapes).sum(dim=(2, 3)) * steps(5)[:, None]
+    own = "parametrizations.weight"
+    torch.testing.assert_close(layer.get_parameter(f"{own}.original0").grad, expected)
+    expected = direction.sum(dim=(2, 3)) * 0.5 * steps(5)[:, None]
+    torch.testing.assert_close(layer.get_parameter(f"{own}.original1").grad, expected)
+    learnt = {name for name, _ in layer.named_parameters()}
+    more = {f"{own}.0.templates.values"} if learn else set()
+    assert learnt == {"bias", f"{own}.original0", f"{own}.original1"} | more
+
+
+def test_coarser_steps_leave_factors_and_offsets_where_they_are():
+    layer = multiples(nn.Conv2d(3, 5, 3))
+    before, weight = latent_weight(layer), layer.weight.detach().clone()
+    coarsen_(layer, torch.tensor(3.0))
+    torch.testing.assert_close(latent_weight(layer), before)
+    assert not layer.weight.allclose(weight)
+    found = [form.step for form in roundings(layer).values()]
+    torch.testing.assert_close(found, [3 * steps(5), 1.5 * steps(5)])
+
+
+def test_only_equal_templates_become_one():
+    convolutions = [nn.Conv2d(2, 3, 3) for _ in range(4)]
+    kinds = (0, True), (0, True), (1, True), (0, False)
+    for layer, (seed, learn) in zip(convolutions, kinds, strict=True):
+        multiples(layer, learn=learn, seed=seed)
+    network = nn.Sequential(*convolutions)
+    before = network[1].weight.detach().clone()
+    tie_templates_(network)
+    a, b, c, d = (form_of(layer).templates for layer in network)
+    assert a is b
+    assert a is not c
+    assert a is not d
+    assert network[1].weight.equal(before)
+    twin = copy.deepcopy(network)
+    assert form_of(twin[0]).templates is form_of(twin[1]).templates is not a
+
+
 def test_copies_are_independent(convolution):
     twin = copy.deepcopy(convolution)
     before = convolution.weight.detach().clone()
@@ -252,3 +342,16 @@ def test_a_network_without_codebooks_computes_the_same(name, rounded):
     assert not any(has_codebook(module) for module in bare.modules())
     assert bare(images).equal(network(images))
     assert any(has_codebook(module) for module in network.modules())
+
+
+def test_a_network_without_linear_kernels_computes_the_same():
+    network, images = networks.make("residual"), networks.images(4)
+    shared = [m for m in network.modules() if getattr(m, "kernel_size", ()) == (3, 3)]
+    for layer in shared:
+        multiples(layer)
+    bare = without_quantization(network, rounded=True)
+    assert not any(has_linear_kernels(module) for module in bare.modules())
+    torch.testing.assert_close(bare(images), network(images))
+    assert all(has_linear_kernels(layer) for layer in shared)
+    latent = without_quantization(network, rounded=False)
+    assert not latent(images).allclose(network(images))

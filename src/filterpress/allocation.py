@@ -59,6 +59,7 @@ class Block(NamedTuple):
     noise: Tensor  # (SAMPLES,) how much the weight's error counts, mean 1
     n_weights: int
     side_bits: float  # steps and biases
+    beside_bits: float = 0.0  # of each weight that is not rounded to zero, besides its integer
 
 
 class Option(NamedTuple):
@@ -71,6 +72,7 @@ class Option(NamedTuple):
     folded: bool = False  # the projection is in the neighbours, with which the layer must agree
     n_bytes: float = 0.0  # in place of blocks, whatever theta is
     levels: Levels | None = None  # of the weights, if these do not follow from theta
+    n_templates: int = 0  # that kernels are multiples of; 0: they are not
 
     @property
     def groups(self) -> int:
@@ -83,11 +85,12 @@ class Option(NamedTuple):
         return 0 if self.levels is None else self.levels.bits
 
     @property
-    def form(self) -> tuple[int, int, bool, int, str]:
+    def form(self) -> tuple[int, int, bool, int, str, int]:
         """What becomes of a layer, but for the steps that follow from ``theta``."""
-        if self.levels is None:
-            return self.rank, self.groups, self.folded, 0, ""
-        return self.rank, self.groups, self.folded, self.levels.n_levels, self.levels.kind
+        kind, n_levels = "", 0
+        if self.levels is not None:
+            kind, n_levels = self.levels.kind, self.levels.n_levels
+        return self.rank, self.groups, self.folded, n_levels, kind, self.n_templates
 
 
 class Allocation(NamedTuple):
@@ -153,11 +156,8 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     """
     weight = layer.weight.detach()
     generator = torch.Generator().manual_seed(seed)
-    power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
-    noise = moments.inputs.diagonal(dim1=1, dim2=2) / power.clamp(min=1e-30)[:, None]
-    noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
-    whole = block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
-    found = [Option(0, None, (whole,), 0.0)]
+    found = [as_it_is(weight, moments, generator)]
+    power = moments.inputs.diagonal(dim1=1, dim2=2)
     if (isinstance(layer, nn.Conv2d) and layer.groups > 1) or not power.any():
         return found
     channels = channel_moments(weight, moments)
@@ -169,6 +169,21 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
         for rank in _ranks(weight, groups, subspaces):
             found.append(_projected(weight, moments.gain, channels, subspaces, rank, generator))
     return found
+
+
+def as_it_is(weight: Tensor, moments: Moments, generator: torch.Generator) -> Option:
+    """Describe the option of a layer that is only rounded.
+
+    Args:
+        weight: ``(O, ...)``.
+        moments: The layer's statistics.
+        generator: Chooses the sample of weights.
+    """
+    power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
+    noise = moments.inputs.diagonal(dim1=1, dim2=2) / power.clamp(min=1e-30)[:, None]
+    noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
+    whole = block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
+    return Option(0, None, (whole,), 0.0)
 
 
 def _ranks(weight: Tensor, groups: int, subspaces: Subspaces) -> list[int]:
@@ -261,6 +276,7 @@ class Rates:
         self.noise = torch.stack([b.noise for _, b in blocks]) if blocks else none
         self.n_weights = torch.tensor([float(b.n_weights) for _, b in blocks])
         self.side = torch.tensor([b.side_bits for _, b in blocks])
+        self.beside = np.array([b.beside_bits for _, b in blocks])
         self.damage = torch.tensor([option.damage for option in self.options])  # (P,)
         self.n_bytes = torch.tensor([option.n_bytes for option in self.options])
 
@@ -272,7 +288,8 @@ class Rates:
 
     def blocks_at(self, theta: float) -> tuple[Tensor, Tensor]:
         """Return bytes and rounding damage ``(B,)`` of every block."""
-        measured = _round_blocks(self.units.numpy(), self.noise.numpy(), math.sqrt(theta))
+        step = math.sqrt(theta)
+        measured = _round_blocks(self.units.numpy(), self.noise.numpy(), self.beside, step)
         bits, damage = (torch.from_numpy(m).float() * self.n_weights for m in measured)
         return (bits + self.side) / 8, LEFT * damage
 
@@ -314,13 +331,19 @@ class Rates:
 
 @njit(cache=True)
 def _round_blocks(
-    units: NDArray[np.float32], noise: NDArray[np.float32], step: float
+    units: NDArray[np.float32],
+    noise: NDArray[np.float32],
+    beside: NDArray[np.float64],
+    step: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the order-0 entropy, in bits, and the mean damage ``(B,)`` of rounding to a step.
+    """Return the bits and the mean damage ``(B,)`` of rounding a weight to a step.
+
+    The bits are the order-0 entropy of the integers, and what goes with those that are not zero.
 
     Args:
         units: (B, m) weights, in steps that cost theta = 1.
         noise: (B, m) how much a weight's error counts.
+        beside: (B,) bits of each integer that is not zero, besides its own.
         step: Positive, in the same steps.
     """
     n_blocks, n_weights = units.shape
@@ -331,13 +354,15 @@ def _round_blocks(
     counts = np.zeros((2, LINEAR + BINS * OCTAVES + 1), np.int32)  # of each sign and magnitude
     for b in range(n_blocks):
         counts[:] = 0
-        within = error = 0.0  # bits of the place in a bin; damage
+        within = error = 0.0  # bits of the place in a bin, and beside integers; damage
         for i in range(n_weights):
             value = units[b, i] / step
             integer = np.rint(value)
             error += noise[b, i] * (value - integer) ** 2
             size = abs(integer)
             code = int(min(size, LINEAR))
+            if size > 0:
+                within += beside[b]
             if size > LINEAR:
                 code += int(BINS * min(np.log2(size / LINEAR), OCTAVES))
                 within += np.log2(size * (2 ** (1 / BINS) - 1))

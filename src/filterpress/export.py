@@ -8,12 +8,18 @@ A weight with a codebook is gathered from its levels, by an index for each weigh
 from the level nearest zero, below it downwards: most are small, and the coder takes them for the
 integers they are. ONNX's Gather counts negative indices from the end, so the levels below are
 stored there.
+
+Kernels that are multiples of templates are gathered by an index for each kernel, multiplied and
+added to; the factors and offsets are integers with the steps of their row, so batch-norm folds into
+these. Layers with equal templates read one tensor. Indices count from the template that is used the
+most, and a kernel without a factor has index 0, since any would do.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +31,17 @@ from torch import Tensor, nn
 
 from filterpress.codec import QuantizedTensor, quantize, snap
 from filterpress.errors import ModelError
+from filterpress.forms import LinearKernels
 from filterpress.representations import (
+    form_of,
     has_codebook,
+    has_linear_kernels,
     indices_of,
     integers_of,
     is_quantized,
     latent_weight,
     levels_of,
+    roundings,
     step_of,
     without_quantization,
 )
@@ -41,6 +51,7 @@ OPSET = 17
 DEFAULT_LEVELS = 127  # of a weight that no stage has quantised: 8 bits a row
 BIAS_LEVELS = 64  # steps in a typical bias; its error is then far below that of the weights
 CONSTANT_LEVELS = 2**15 - 1  # of other constants
+TEMPLATE_STEP = 2.0**-6  # of templates of unit norm; its error is far below what they leave
 
 
 class Weight(NamedTuple):
@@ -55,6 +66,15 @@ class Shared(NamedTuple):
 
     indices: NDArray[np.int32]  # from the level nearest zero on
     levels: NDArray[np.float32]  # from the one nearest zero up, then those below it
+
+
+class Multiples(NamedTuple):
+    """A weight of multiples of templates, on the way into the file."""
+
+    indices: NDArray[np.int32]  # (O, I)
+    templates: NDArray[np.float32]  # (K, kh, kw)
+    factors: Weight  # (O, I, 1, 1)
+    offsets: Weight  # (O, I, 1, 1)
 
 
 def to_graph(
@@ -73,18 +93,23 @@ def to_graph(
     Raises:
         ModelError: A weight is not finite, or the network cannot be exported.
     """
-    weights, shared = {}, {}
+    weights, shared, multiples = {}, {}, {}
     for name, layer in layers(model).items():
         _check_finite(f"weights of {name}", latent_weight(layer))
         if has_codebook(layer):
             shared[f"{name}.weight"] = _indices(layer)
+        elif has_linear_kernels(layer):
+            multiples[f"{name}.weight"] = _multiples(layer)
         else:
             weights[f"{name}.weight"] = _integers(layer)
     graph = _export(model, input_shape)
     values = _resolve(graph)
     tensors = _gather(graph, shared, values)
-    _fold_norms(graph, weights, values)
-    used = {name for node in graph.graph.node for name in node.input}
+    made, templates = _multiply(graph, multiples, weights, values)
+    tensors |= templates
+    parts: dict[str, tuple[str, ...]] = {name: (name,) for name in weights}
+    _fold_norms(graph, weights, parts | made, values)
+    used = _read(graph)
     for name in [name for name in values if name in used and name not in tensors]:
         if name in weights:
             tensors[name] = QuantizedTensor(weights[name].integers, snap(weights[name].step))
@@ -111,6 +136,21 @@ def _indices(layer: nn.Module) -> Shared:
     zero = int(levels.abs().argmin())
     ranks = order.argsort()[indices_of(layer).cpu()] - zero
     return Shared(ranks.int().numpy(), levels.roll(-zero).numpy())
+
+
+def _multiples(layer: nn.Module) -> Multiples:
+    """Round the factors and offsets of a layer, and leave no index where there is no factor."""
+    form = form_of(layer)
+    if not isinstance(form, LinearKernels):
+        raise ValueError(f"layer must have linear kernels, got {layer}")
+    parts = []
+    for name, rounding in roundings(layer).items():
+        integers = rounding.integers(layer.get_parameter(name).detach())[..., None, None]
+        step = rounding.step.double().cpu().numpy()
+        parts.append(Weight(integers.int().cpu().numpy(), step))
+    indices = np.where(parts[0].integers[..., 0, 0] != 0, indices_of(layer).cpu().numpy(), 0)
+    templates = form.templates.values.detach().cpu().numpy()
+    return Multiples(indices.astype(np.int32), templates, *parts)
 
 
 def _check_finite(what: str, value: Tensor) -> None:
@@ -177,28 +217,84 @@ def _gather(
 ) -> dict[str, QuantizedTensor]:
     """Let nodes gather weights from levels; return the tensors that they gather by and from."""
     tensors = {}
-    read = {name for node in graph.graph.node for name in node.input}
-    for name in [name for name in shared if name in read]:
+    for name in [name for name in shared if name in _read(graph)]:
         indices, levels = shared[name]
-        whole, levels_name = f"{name}:indices", f"{name.removesuffix('weight')}levels"
-        made = f"{name}:gathered"
-        _redirect(graph, name, made)
-        gather = [
-            onnx.helper.make_node("Cast", [name], [whole], to=onnx.TensorProto.INT64),
-            onnx.helper.make_node("Gather", [levels_name, whole], [made]),
-        ]
-        for node in reversed(gather):
-            graph.graph.node.insert(0, node)
+        levels_name = f"{name.removesuffix('weight')}levels"
+        _redirect(graph, name, f"{name}:gathered")
+        _insert(graph, _gathering(name, levels_name))
         tensors[name] = QuantizedTensor(indices, snap(1.0))
         tensors[levels_name] = _constant(levels_name, levels, fine=True)
         values[name], values[levels_name] = indices.astype(np.float32), levels
     return tensors
 
 
+def _multiply(
+    graph: onnx.ModelProto,
+    multiples: dict[str, Multiples],
+    weights: dict[str, Weight],
+    values: dict[str, NDArray[np.generic]],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, QuantizedTensor]]:
+    """Let nodes make kernels of templates, factors and offsets.
+
+    Returns:
+        For each weight that nodes make, the names of its factors and offsets, which are added to
+        the weights; and the tensors of indices and templates.
+    """
+    made: dict[str, tuple[str, ...]] = {}
+    tensors, known = {}, dict[bytes, str]()
+    for name in [name for name in multiples if name in _read(graph)]:
+        indices, templates, factors, offsets = multiples[name]
+        base = name.removesuffix("weight")
+        table = known.setdefault(templates.tobytes(), f"{base}templates")
+        result, parts = f"{base}kernels", (f"{base}factors", f"{base}offsets")
+        _redirect(graph, name, result)
+        shapes, scaled = f"{name}:gathered", f"{name}:scaled"
+        multiplied = onnx.helper.make_node("Mul", [shapes, parts[0]], [scaled])
+        added = onnx.helper.make_node("Add", [scaled, parts[1]], [result])
+        _insert(graph, [*_gathering(name, table), multiplied, added])
+        made[result] = parts
+        weights |= zip(parts, (factors, offsets), strict=True)
+        values |= {part: weights[part].integers.astype(np.float32) for part in parts}
+        values[name], values[table] = indices.astype(np.float32), templates
+        tensors[name] = QuantizedTensor(indices, snap(1.0))
+        tensors[table] = quantize(templates, snap(TEMPLATE_STEP))
+    return made, tensors
+
+
+def _gathering(name: str, table: str) -> list[onnx.NodeProto]:
+    """Make nodes that look an initialiser's values up in a table."""
+    whole = f"{name}:indices"
+    return [
+        onnx.helper.make_node("Cast", [name], [whole], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("Gather", [table, whole], [f"{name}:gathered"]),
+    ]
+
+
+def _insert(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """Put nodes in front of all others."""
+    for node in reversed(nodes):
+        graph.graph.node.insert(0, node)
+
+
+def _read(graph: onnx.ModelProto) -> set[str]:
+    """Return the names of the values that nodes read."""
+    return {name for node in graph.graph.node for name in node.input}
+
+
 def _fold_norms(
-    graph: onnx.ModelProto, weights: dict[str, Weight], values: dict[str, NDArray[np.generic]]
+    graph: onnx.ModelProto,
+    weights: dict[str, Weight],
+    parts: Mapping[str, tuple[str, ...]],
+    values: dict[str, NDArray[np.generic]],
 ) -> None:
-    """Fold batch-norm into the convolution before it, or reduce it to a factor and an offset."""
+    """Fold batch-norm into the convolution before it, or reduce it to a factor and an offset.
+
+    Args:
+        graph: Changed in place.
+        weights: Whose steps take factors.
+        parts: For each value that a convolution may read, the weights it is the sum of.
+        values: Initialisers.
+    """
     makers = {output: node for node in graph.graph.node for output in node.output}
     readers: dict[str, int] = {}
     for node in graph.graph.node:
@@ -215,14 +311,15 @@ def _fold_norms(
         if (
             conv is not None
             and conv.op_type == "Conv"
-            and conv.input[1] in weights
+            and conv.input[1] in parts
             # neither the feature map nor the weight serves anything else
             and readers[node.input[0]] == readers[conv.input[1]] == 1
         ):
             name = conv.input[1]
             bias = values[conv.input[2]].astype(np.float64) if len(conv.input) > 2 else 0.0
-            weights[name] = _scaled(weights[name], factor)
-            bias_name = name.removesuffix("weight") + "bias"
+            for part in parts[name]:
+                weights[part] = _scaled(weights[part], factor)
+            bias_name = "".join(name.rpartition(".")[:2]) + "bias"
             values[bias_name] = ((bias - mean) * factor + beta).astype(np.float32)
             del conv.input[2:]
             conv.input.append(bias_name)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from filterpress.clustering import cluster_means
-from filterpress.representations import Quantized
+from filterpress.forms import Quantized
 
 SHARES = [k / 40 for k in range(48, 3, -1)]  # of the range of the weights
 POINTS = 4096  # of a histogram of weights; k-means needs no more

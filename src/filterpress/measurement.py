@@ -13,7 +13,7 @@ from filterpress import codec, package
 from filterpress.codec.graph import to_onnx
 from filterpress.processes import best_device
 from filterpress.progress import progress
-from filterpress.representations import Projected
+from filterpress.representations import Projected, has_linear_kernels
 from filterpress.tasks import ImageClassification, Predict, Task, share_right
 from filterpress.training import predictor
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+PARTS = ("weight", "factors", "offsets", "templates")  # of a layer's weight in the file
 SHOWN_CLASSES = 50  # more of them nobody reads as a table
 
 
@@ -127,32 +128,41 @@ def layer_rows(encoded: bytes, network: nn.Module) -> list[Json]:
     Returns:
         For each layer its ``name``, the ``shape`` of its weight, about how many ``n_bytes`` it has
         in the file, and ``bits_per_weight``. The two halves of a projected layer are one row, with
-        the shape from before the projection, its ``rank`` and its ``groups``.
+        the shape from before the projection, its ``rank`` and its ``groups``. What kernels of
+        multiples of templates are made of is one row, too; shared templates count for the layer
+        that names them.
     """
     modules = dict(network.named_modules())
     place = {f"{name}.weight": number for number, name in enumerate(modules)}
     stored = codec.decode(encoded).tensors
     weights: dict[str, list[NDArray[np.int32]]] = {}
     for tensor in sorted(stored, key=lambda name: place.get(name, len(place))):
-        name = tensor.removesuffix(".weight")
+        name, _, part = tensor.rpartition(".")
+        name = name if part in PARTS else tensor
         owner = name.rpartition(".")[0]
         layer = owner if isinstance(modules.get(owner), Projected) else name
         if stored[tensor].integers.ndim > 1:
             weights.setdefault(layer, []).append(stored[tensor].integers)
-    return [_layer_row(layer, *parts) for layer, parts in weights.items()]
+    return [_layer_row(layer, modules.get(layer), *parts) for layer, parts in weights.items()]
 
 
-def _layer_row(name: str, first: NDArray[np.int32], *second: NDArray[np.int32]) -> Json:
-    bits = sum(codec.estimate_bits(part) for part in (first, *second))
-    n_weights = sum(part.size for part in (first, *second))
-    row = {
+def _layer_row(
+    name: str, layer: nn.Module | None, first: NDArray[np.int32], *others: NDArray[np.int32]
+) -> Json:
+    bits = sum(codec.estimate_bits(part) for part in (first, *others))
+    n_weights = sum(part.size for part in (first, *others))
+    shape, more = list(first.shape), {}
+    if isinstance(layer, Projected):
+        for last in others:
+            n_out, rank, *kernel = last.shape
+            shape = [n_out, first.shape[1], *kernel]
+            more = {"rank": rank, "groups": len(first) // rank}
+    elif layer is not None and has_linear_kernels(layer):
+        shape, n_weights = list(layer.weight.shape), layer.weight.numel()  # type: ignore[arg-type, operator]
+    return {
         "name": name,
-        "shape": list(first.shape),
+        "shape": shape,
         "n_bytes": round(bits / 8),
         "bits_per_weight": round(bits / max(1, n_weights), 3),
+        **more,
     }
-    for rest in second:
-        n_out, rank, *kernel = rest.shape
-        row["shape"] = [n_out, first.shape[1], *kernel]
-        row |= {"rank": rank, "groups": len(first) // rank}
-    return row

@@ -36,6 +36,7 @@ from filterpress.representations import (
     check_form,
     describe_form,
     take_form_,
+    tie_templates_,
     without_quantization,
 )
 from filterpress.surgery import layers
@@ -129,6 +130,7 @@ def load(path: Path) -> Package:
         network.load_state_dict(state)
         for name in description["forms"]:
             check_form(name, network.get_submodule(name))
+        tie_templates_(network)
         history = tuple(description["history"])
     except (
         KeyError,

@@ -1,10 +1,7 @@
 """Layers whose weight is made of fewer numbers, and layers that replace another.
 
-Two parametrisations make a weight of what the codec stores. With `Quantized` a layer keeps a
-floating-point weight to learn with, and computes with the nearest integers times a step. With
-`Codebook` it learns a few levels, and which of them a weight is stays as it was chosen; a level
-that is exactly zero is that of pruned weights, and stays zero. `Projected` stands for one
-convolution by two smaller ones.
+A layer keeps its kind when its weight takes another form (see `forms`), so that it trains and runs
+as before. `Projected` stands for one convolution by two smaller ones.
 """
 
 from __future__ import annotations
@@ -16,121 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from filterpress.forms import MAX_INTEGER, Codebook, LinearKernels, Quantized, Templates
+
 Layer = nn.Conv2d | nn.Linear
 UNROUNDED = "parametrizations.weight.original"  # parameter of a layer that learns in another form
-MAX_INTEGER = 2**15 - 1  # of a quantised weight; finer steps would cost bits for nothing
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Integers; the gradient passes to what was rounded, unless it leads out of the bounds."""
-
-    @staticmethod
-    def forward(ctx: Any, units: Tensor, integers: Tensor, beyond: Tensor) -> Tensor:
-        ctx.save_for_backward(beyond)
-        return integers.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (beyond,) = ctx.saved_tensors  # has the sign of what a weight is beyond the bounds
-        return gradients[0].masked_fill(beyond * gradients[0] < 0, 0), None, None
-
-
-class Quantized(nn.Module):
-    """Parametrisation of a weight by integers and one step per output channel.
-
-    The straight-through estimator trains the unrounded weight underneath, in steps: where steps
-    were chosen so that one costs the same anywhere in the network, all weights learn at one pace.
-    Steps do not learn: trained by the task's loss alone they only shrink, and the file grows.
-
-    Args:
-        step: ``(O,)`` positive, one step per output channel.
-        low: ``(O,)`` the smallest integer of each row; without it, the smallest there is.
-        high: ``(O,)`` the largest integer of each row.
-        spacing: Of the integers in use, from ``low`` on: 1, or 2 for a grid of odd ones.
-        dead_zone: Steps by which a weight must be nearer to the integer farther from zero than to
-            the one below it, to become that. Above 0 training wastes no bits on weights that
-            hardly need them.
-    """
-
-    step: Tensor
-    low: Tensor
-    high: Tensor
-    spacing: Tensor
-    dead_zone: Tensor
-
-    def __init__(
-        self,
-        step: Tensor,
-        low: Tensor | None = None,
-        high: Tensor | None = None,
-        spacing: int = 1,
-        dead_zone: float = 0.0,
-    ) -> None:
-        super().__init__()
-        step = step.float()
-        widest = torch.full_like(step, MAX_INTEGER)
-        self.register_buffer("step", step)
-        self.register_buffer("low", -widest if low is None else low.float())
-        self.register_buffer("high", widest if high is None else high.float())
-        self.register_buffer("spacing", torch.full_like(step, spacing))
-        self.register_buffer("dead_zone", torch.full_like(step, dead_zone))
-
-    def forward(self, units: Tensor) -> Tensor:
-        """Return the quantised weight, ``(O, ...)``, of an unrounded one in steps."""
-        nearest = self._nearest(units)
-        integers = self._bounded(nearest)
-        rounded = _StraightThrough.apply(units, integers, nearest - integers)  # type: ignore[no-untyped-call]
-        return rounded * self.rows(self.step, units)  # type: ignore[no-any-return]
-
-    def integers(self, units: Tensor) -> Tensor:
-        """Return the integers ``(O, ...)`` of an unrounded weight in steps, as floats."""
-        return self._bounded(self._nearest(units))
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the steps in an assigned weight, which is kept unrounded."""
-        return weight / self.rows(self.step, weight)
-
-    @staticmethod
-    def rows(values: Tensor, weight: Tensor) -> Tensor:
-        """View one value per output channel so that it multiplies a weight."""
-        return values.view(-1, *[1] * (weight.ndim - 1))
-
-    def _nearest(self, units: Tensor) -> Tensor:
-        spacing = self.rows(self.spacing, units)
-        offset = self.rows(self.low.remainder(self.spacing), units)
-        units = units - units.sign() * self.rows(self.dead_zone, units)
-        return torch.round((units - offset) / spacing) * spacing + offset
-
-    def _bounded(self, integers: Tensor) -> Tensor:
-        return integers.clamp(self.rows(self.low, integers), self.rows(self.high, integers))
-
-
-class Codebook(nn.Module):
-    """Parametrisation of a weight by a few levels, which learn, and an index for each weight.
-
-    Args:
-        indices: ``(O, ...)`` level of each weight, from 0 on.
-        n_levels: Number of levels, at most 256.
-    """
-
-    indices: Tensor
-
-    def __init__(self, indices: Tensor, n_levels: int) -> None:
-        super().__init__()
-        self.n_levels = n_levels
-        self.register_buffer("indices", indices.to(torch.uint8))
-
-    def forward(self, levels: Tensor) -> Tensor:
-        """Return the weight, ``(O, ...)``, for levels ``(K,)``; one of zero has no gradient."""
-        levels = torch.where(levels == 0, 0, levels)
-        return levels.index_select(0, self.indices.flatten().int()).view(self.indices.shape)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the mean of an assigned weight over the weights of each level."""
-        indices = self.indices.flatten().int()
-        totals = weight.new_zeros(self.n_levels).index_add(0, indices, weight.flatten())
-        counts = torch.bincount(indices, minlength=self.n_levels)
-        return totals / counts.clamp(min=1)
 
 
 class ChannelOrder(nn.Module):
@@ -186,6 +72,11 @@ def has_codebook(module: nn.Module) -> bool:
     return isinstance(form_of(module), Codebook)
 
 
+def has_linear_kernels(module: nn.Module) -> bool:
+    """Tell whether the kernels of a layer are multiples of templates."""
+    return isinstance(form_of(module), LinearKernels)
+
+
 def describe_form(module: nn.Module) -> dict[str, Any]:
     """Describe what makes a layer's weight, as JSON without its numbers; ``{}`` for a plain one."""
     match form_of(module):
@@ -193,6 +84,9 @@ def describe_form(module: nn.Module) -> dict[str, Any]:
             return {"kind": "quantized"}
         case Codebook() as form:
             return {"kind": "codebook", "levels": form.n_levels}
+        case LinearKernels() as form:
+            n_templates, learn = len(form.templates.values), form.templates.learn
+            return {"kind": "linear-kernels", "templates": n_templates, "learn": learn}
     return {}
 
 
@@ -208,6 +102,12 @@ def take_form_(module: nn.Module, description: dict[str, Any]) -> None:
         case "codebook":
             levels = torch.zeros(int(description["levels"]))
             share_levels_(module, levels, torch.zeros_like(latent_weight(module)))
+        case "linear-kernels":
+            n_out, n_in, *size = latent_weight(module).shape
+            empty = torch.zeros(int(description["templates"]), *size)
+            templates = Templates(empty, learn=bool(description["learn"]))
+            indices, steps = torch.zeros(n_out, n_in), torch.ones(2, n_out)
+            multiply_templates_(module, templates, indices, steps[0], steps[1])
         case kind:
             raise ValueError(f"kind must be that of a known form, got {kind!r}")
 
@@ -216,10 +116,33 @@ def check_form(name: str, module: nn.Module) -> None:
     """Refuse numbers of a layer's form that do not go together.
 
     Raises:
-        ValueError: An index is beyond the levels.
+        ValueError: An index is beyond the levels or templates.
     """
-    if has_codebook(module) and indices_of(module).max() >= len(levels_of(module)):
-        raise ValueError(f"indices of {name} must be below {len(levels_of(module))}")
+    match form_of(module):
+        case Codebook() as form:
+            limit = form.n_levels
+        case LinearKernels() as form:
+            limit = len(form.templates.values)
+        case _:
+            return
+    if indices_of(module).max() >= limit:
+        raise ValueError(f"indices of {name} must be below {limit}")
+
+
+def tie_templates_(network: nn.Module) -> None:
+    """Let layers whose templates are equal share one module of them, as before they were saved.
+
+    Args:
+        network: The network, changed in place.
+    """
+    known: list[Templates] = []
+    for module in network.modules():
+        if isinstance(module, LinearKernels):
+            mine = module.templates
+            same = (t for t in known if t.learn == mine.learn and t.values.equal(mine.values))
+            module.templates = next(same, mine)
+            if module.templates is mine:
+                known.append(mine)
 
 
 def quantize_(
@@ -261,13 +184,35 @@ def share_levels_(module: nn.Module, levels: Tensor, indices: Tensor) -> None:
         levels_of(module).copy_(levels)
 
 
+def multiply_templates_(
+    module: nn.Module,
+    templates: Templates,
+    indices: Tensor,
+    factor_step: Tensor,
+    offset_step: Tensor,
+    dead_zone: float = 0.0,
+) -> None:
+    """Make the kernels of a plain convolution multiples of templates plus offsets.
+
+    Args:
+        module: The layer, changed in place; factors and offsets are those nearest to its weight.
+        templates: What to multiply.
+        indices: The template of each kernel; it and the rest as for `LinearKernels`.
+        factor_step: ``(O,)``.
+        offset_step: ``(O,)``.
+        dead_zone: In steps.
+    """
+    form = LinearKernels(templates, indices, factor_step, offset_step, dead_zone)
+    parametrize.register_parametrization(module, "weight", form)
+
+
 def levels_of(module: nn.Module) -> Tensor:
     """Return the ``(K,)`` levels that a layer with a codebook learns."""
     return module.get_parameter(UNROUNDED)
 
 
 def indices_of(module: nn.Module) -> Tensor:
-    """Return the level ``(O, ...)`` of each weight of a layer with a codebook."""
+    """Return the level ``(O, ...)`` of each weight, or the template of each kernel."""
     return module.get_buffer("parametrizations.weight.0.indices").long()
 
 
@@ -276,17 +221,28 @@ def step_of(module: nn.Module) -> Tensor:
     return module.get_buffer("parametrizations.weight.0.step")
 
 
+def roundings(module: nn.Module) -> dict[str, Quantized]:
+    """Return what rounds a layer's numbers, by the name of the parameter that learns in steps."""
+    match form_of(module):
+        case Quantized() as form:
+            return {UNROUNDED: form}
+        case LinearKernels() as form:
+            return {f"{UNROUNDED}0": form.factor, f"{UNROUNDED}1": form.offset}
+    return {}
+
+
 def coarsen_(module: nn.Module, factor: Tensor) -> None:
-    """Make the steps of a quantised layer larger; the weight underneath stays.
+    """Make the steps of a layer larger; the weight underneath stays.
 
     Args:
-        module: The layer, changed in place.
+        module: The layer, changed in place; nothing to do where it has no steps.
         factor: ``(O,)`` or ``()``, positive.
     """
-    units, step = _units_of(module), step_of(module)
-    with torch.no_grad():
-        step.mul_(factor)
-        units.div_(Quantized.rows(factor.expand_as(step), units))
+    for name, form in roundings(module).items():
+        units = module.get_parameter(name)
+        with torch.no_grad():
+            form.step.mul_(factor)
+            units.div_(Quantized.rows(factor.expand_as(form.step), units))
 
 
 def integers_of(module: nn.Module) -> Tensor:
@@ -303,9 +259,15 @@ def _units_of(module: nn.Module) -> Tensor:
 
 def latent_weight(module: nn.Module) -> Tensor:
     """Return the floating-point weight that a layer learns with; with a codebook, its levels'."""
-    if is_quantized(module):
-        units = _units_of(module).detach()
-        return units * Quantized.rows(step_of(module), units)
+    unrounded = [
+        module.get_parameter(name).detach() * Quantized.rows(form.step, module.get_parameter(name))
+        for name, form in roundings(module).items()
+    ]
+    match form_of(module):
+        case Quantized():
+            return unrounded[0].detach()
+        case LinearKernels() as form:
+            return form.combine(*unrounded).detach()
     return module.weight.detach()  # type: ignore[operator]
 
 

@@ -16,13 +16,11 @@ from filterpress.checkpoints import Checkpoint
 from filterpress.processes import best_device, is_main
 from filterpress.progress import progress
 from filterpress.representations import (
-    UNROUNDED,
     coarsen_,
     has_codebook,
     indices_of,
-    is_quantized,
     levels_of,
-    step_of,
+    roundings,
 )
 from filterpress.statistics import note_offsets_, recalibrate_
 from filterpress.surgery import layers
@@ -102,8 +100,7 @@ def retrain_quantized(
         note_offsets_(student, images)
     while n_bytes > max_bytes and coarser < 20:
         for module in student.modules():
-            if is_quantized(module):
-                coarsen_(module, torch.tensor(COARSER))
+            coarsen_(module, torch.tensor(COARSER))
         recalibrate_(student, images)
         coarser += 1
         n_bytes = size(student)
@@ -184,11 +181,15 @@ def paces(network: nn.Module) -> dict[str, float]:
     Returns:
         Factors by the name of the parameter.
     """
-    quantized = {name: m for name, m in network.named_modules() if is_quantized(m)}
-    if not quantized:
+    steps = {
+        f"{name}.{parameter}": form.step
+        for name, module in network.named_modules()
+        for parameter, form in roundings(module).items()
+    }
+    if not steps:
         return {}
-    typical = torch.cat([step_of(module) for module in quantized.values()]).median()
-    return {f"{name}.{UNROUNDED}": float(typical**-2) for name in quantized}
+    typical = torch.cat(list(steps.values())).median()
+    return dict.fromkeys(steps, float(typical**-2))
 
 
 @contextlib.contextmanager

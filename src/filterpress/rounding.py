@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from filterpress.allocation import SLOPE, steps_of
-from filterpress.representations import MAX_INTEGER, Layer, quantize_
+from filterpress.forms import MAX_INTEGER
+from filterpress.representations import Layer, quantize_
 from filterpress.statistics import Moments
 
 DAMPING = 1e-3  # of the mean power, added to second moments: calibration images are few
@@ -81,9 +82,7 @@ def quantize_at_(
         spacing: Of the integers.
         dead_zone: In steps.
     """
-    middle = integers + dead_zone * integers.sign()
-    half = INSIDE * spacing + dead_zone * (integers == 0)
-    floor, ceiling = middle - half, middle + half
+    floor, ceiling = cells(integers, spacing, dead_zone)
     if low is not None:
         floor = floor.masked_fill(integers == low[:, None], -torch.inf)
     if high is not None:
@@ -92,6 +91,13 @@ def quantize_at_(
     with torch.no_grad():
         layer.weight.copy_((units * step[:, None]).view_as(layer.weight))
     quantize_(layer, step, low, high, spacing, dead_zone)
+
+
+def cells(integers: Tensor, spacing: int, dead_zone: float) -> tuple[Tensor, Tensor]:
+    """Return bounds between which values, in steps, are surely rounded to given integers."""
+    middle = integers + dead_zone * integers.sign()
+    half = INSIDE * spacing + dead_zone * (integers == 0)
+    return middle - half, middle + half
 
 
 def round_compensated(weight: Tensor, steps: Tensor, moments: Moments, theta: float) -> Tensor:
@@ -155,7 +161,7 @@ def _search(weight: Tensor, levels: Tensor, moments: Moments, price: Tensor) -> 
     """
     rows = seen_rows(weight, moments)  # (G, O/G, d)
     table = levels.view(*rows.shape[:2], -1)
-    along, across = _factor(moments.inputs, DAMPING), _factor(moments.outputs, OUTPUT_DAMPING)
+    along, across = factorise(moments.inputs, DAMPING), factorise(moments.outputs, OUTPUT_DAMPING)
     errors, entries = torch.zeros_like(rows), torch.zeros_like(rows)
     places = torch.zeros(rows.shape, dtype=torch.long)
     for columns in _tiles(rows.shape[2]):
@@ -206,7 +212,7 @@ class Factor(NamedTuple):
     power: Tensor  # (G, d)
 
 
-def _factor(second: Tensor, damping: float) -> Factor:
+def factorise(second: Tensor, damping: float) -> Factor:
     """Factor second moments ``(G, d, d)``."""
     power = second.diagonal(dim1=1, dim2=2)
     ridge = damping * power.mean(dim=1) + 1e-5 * power.amax(dim=1) + 1e-24

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from filterpress.errors import ModelError
 from filterpress.progress import progress
-from filterpress.representations import Layer, is_quantized
+from filterpress.representations import Layer, roundings
 from filterpress.surgery import layers, plain
 
 MAX_ROWS = 32768  # patches a layer; with few, rounding is fitted to them and errs on the others
@@ -152,7 +152,7 @@ def plain_for(model: nn.Module, images: Tensor) -> nn.Module:
     forget_offsets_(noted)
     note_offsets_(noted, images)
     result = plain(noted)
-    if any(is_quantized(module) for module in model.modules()):
+    if any(roundings(module) for module in model.modules()):
         recalibrate_(result, images)
     return result
 

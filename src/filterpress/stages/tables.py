@@ -29,10 +29,12 @@ def pruners() -> Table:
 def clusterers() -> Table:
     """Methods of the ``cluster`` stage, the default first."""
     from filterpress.methods.merge_filters import MergeConfig, merge_filters
+    from filterpress.methods.share_kernels import KernelsConfig, share_kernels
     from filterpress.methods.share_weights import SharingConfig, share_weights
 
     return {
         "merge": (merge_filters, MergeConfig),
+        "kernels": (share_kernels, KernelsConfig),
         "share": (share_weights, SharingConfig),
     }
 
