@@ -96,5 +96,5 @@ def test_an_option_counts_the_damage_of_the_nearest_levels_or_what_is_left_of_it
     assert found["nearest"].damage == pytest.approx(damage, rel=1e-5)
     assert found["compensated"].damage == pytest.approx(LEFT * damage, rel=1e-5)
     n_levels = 7 if kind == "symmetric" else 8
-    assert found["nearest"].form == (0, 1, False, n_levels, kind)
+    assert found["nearest"].form == (0, 1, False, n_levels, kind, 0)
     assert found["nearest"].n_bytes == found["compensated"].n_bytes
