@@ -18,8 +18,8 @@ from filterpress.errors import ModelError
 from filterpress.export import to_graph
 from filterpress.forms import Templates
 from filterpress.representations import (
+    Chain,
     ChannelOrder,
-    Projected,
     like,
     multiply_templates_,
     quantize_,
@@ -115,9 +115,9 @@ def test_projected_layers_are_exported_as_their_two_halves(groups, fine):
             if conv
             else nn.Linear(n_in, 3, bias=False)
         )
-        order = ChannelOrder(torch.randperm(n_out)) if its_groups > 1 else None
+        order = [ChannelOrder(torch.randperm(n_out))] if its_groups > 1 else []
         network.set_submodule(
-            name, Projected(first, like(layer, 3 * its_groups, n_out, its_groups), order)
+            name, Chain(first, like(layer, 3 * its_groups, n_out, its_groups), *order)
         )
     assert_same(storable_(network.eval()))
 
@@ -298,7 +298,7 @@ def test_codebooks_of_both_halves_of_a_projection_are_gathered(fine):
         layer = network.get_submodule(name)
         n_out, n_in = layer.weight.shape[:2]
         first = like(layer, n_in, 3) if isinstance(layer, nn.Linear) else nn.Conv2d(n_in, 3, 1)
-        network.set_submodule(name, Projected(first, like(layer, 3, n_out)))
+        network.set_submodule(name, Chain(first, like(layer, 3, n_out)))
     for layer in layers(network).values():
         share_(layer, 8)
     assert_same(network.eval())

@@ -10,7 +10,7 @@ from filterpress.data import Arrays, DataSet
 from filterpress.errors import BitstreamError
 from filterpress.forms import Templates
 from filterpress.package import Package, encode
-from filterpress.representations import Projected, like, multiply_templates_, quantize_
+from filterpress.representations import Chain, like, multiply_templates_, quantize_
 from filterpress.surgery import layers
 from filterpress.tasks import ImageClassification
 from tests import networks
@@ -143,7 +143,7 @@ def test_the_halves_of_a_projected_layer_are_one_row_of_its_shape(source):
     for groups, (name, layer) in enumerate(list(layers(network).items())[1:3], 1):
         n_out, n_in = layer.weight.shape[:2]
         first = nn.Conv2d(n_in, 2 * groups, 1, bias=False)
-        halves[name] = Projected(first, like(layer, 2 * groups, n_out, groups))
+        halves[name] = Chain(first, like(layer, 2 * groups, n_out, groups))
         network.set_submodule(name, halves[name])
     rows = measurement.layer_rows(encode(source, network), network)
     assert [row["name"] for row in rows] == list(layers(networks.make("residual")))
@@ -179,6 +179,39 @@ def test_all_that_multiples_of_templates_are_made_of_is_one_row(source):
         bits = sum(codec.estimate_bits(t.integers) for t in parts if t.integers.ndim > 1)
         assert row["n_bytes"] == round(bits / 8)
         assert len(parts) >= (4 if row["name"] in shared else 1)
+
+
+def test_a_chain_of_more_layers_is_one_row_of_the_shape_before_it_was_cut(source):
+    network = networks.make("residual")
+    name, layer = list(layers(network).items())[2]
+    n_out, n_in = layer.weight.shape[:2]
+    chains = {
+        "conv": Chain(
+            nn.Conv2d(n_in, 5, 1, bias=False),
+            nn.Conv2d(5, 5, 3, padding=1, groups=5, bias=False),
+            nn.Conv2d(5, n_out, 1),
+        ),
+        "cross": Chain(
+            nn.Conv2d(n_in, 5, (3, 1), padding=(1, 0), bias=False),
+            nn.Conv2d(5, n_out, (1, 3), padding=(0, 1)),
+        ),
+        "by channel": Chain(
+            nn.Conv2d(n_in, 2 * n_in, 3, padding=1, groups=n_in, bias=False),
+            nn.Conv2d(2 * n_in, n_out, 1),
+        ),
+    }
+    for kind, chain in chains.items():
+        network.set_submodule(name, chain)
+        rows = {
+            row["name"]: row for row in measurement.layer_rows(encode(source, network), network)
+        }
+        assert list(rows) == list(layers(networks.make("residual")))
+        assert rows[name]["shape"] == [n_out, n_in, 3, 3]
+        rank = 2 * n_in if kind == "by channel" else 5
+        assert (rows[name]["rank"], rows[name]["groups"]) == (rank, 1)
+        n_weights = sum(part.weight.numel() for part in chain)
+        bits = rows[name]["bits_per_weight"]
+        assert rows[name]["n_bytes"] == pytest.approx(bits * n_weights / 8, abs=1)
 
 
 def test_weights_that_belong_to_no_layer_come_last():

@@ -24,8 +24,8 @@ from filterpress.package import (
     save,
 )
 from filterpress.representations import (
+    Chain,
     ChannelOrder,
-    Projected,
     like,
     multiply_templates_,
     quantize_,
@@ -71,8 +71,8 @@ def project_(network, name, rank, groups):
     linear = isinstance(layer, nn.Linear)
     width = rank * groups
     first = nn.Linear(n_in, width, bias=False) if linear else nn.Conv2d(n_in, width, 1, bias=False)
-    order = ChannelOrder(torch.randperm(n_out)) if groups > 1 else None
-    network.set_submodule(name, Projected(first, like(layer, width, n_out, groups), order))
+    order = [ChannelOrder(torch.randperm(n_out))] if groups > 1 else []
+    network.set_submodule(name, Chain(first, like(layer, width, n_out, groups), *order))
 
 
 def quantised_(network):

@@ -245,6 +245,14 @@ def test_a_layer_says_the_width_that_the_last_reduction_gave_it():
     assert layer_changes([reduced(head=3.0), HISTORY[-1]])["head"] == "rounded to 3 bits"
 
 
+def test_a_layer_says_the_kind_of_chain_that_the_last_reduction_made_of_it():
+    name = "blocks.1.conv2"  # has a rank of its own as it is measured
+    cut = [{"name": name, "kind": "tucker", "rank": 12.0}]
+    told = layer_changes([stage("reduce", 9_000, None, layers=cut), HISTORY[-1]])
+    assert told[name] == "tucker of rank 12"
+    assert told["blocks.0.conv2"] == CHANGES["blocks.0.conv2"]
+
+
 def test_layers_are_told_as_planned_until_they_are_measured():
     told = layer_changes(HISTORY[:4])
     assert told["blocks.0.conv1"] == "1 filter removed, 2 filters merged, projected to rank 7"

@@ -9,7 +9,7 @@ from torch import nn
 
 from filterpress import models
 from filterpress.errors import ModelError
-from filterpress.representations import ChannelOrder, Projected, like, quantize_
+from filterpress.representations import Chain, ChannelOrder, like, quantize_
 from filterpress.surgery import (
     channel_groups,
     check_runs,
@@ -43,8 +43,8 @@ def projected(layer, rank, groups=1):
         if isinstance(layer, nn.Linear)
         else nn.Conv2d(n_in, width, 1, bias=False)
     )
-    order = ChannelOrder(torch.randperm(n_out)) if groups > 1 else None
-    return Projected(first, like(layer, width, n_out, groups), order)
+    order = [ChannelOrder(torch.randperm(n_out))] if groups > 1 else []
+    return Chain(first, like(layer, width, n_out, groups), *order)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -71,7 +71,7 @@ def test_a_merged_convolution_equals_its_two_halves_in_sequence(layer, groups):
 def test_a_stride_in_the_first_half_of_a_pointwise_layer_is_kept():
     first, last = nn.Conv2d(5, 2, 1, stride=(2, 3), bias=False), nn.Conv2d(2, 6, 1)
     x = torch.randn(2, 5, 7, 7)
-    one, two = merged(Projected(first, last)), Projected(first, last)
+    one, two = merged(Chain(first, last)), Chain(first, last)
     torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)
 
 
@@ -82,9 +82,31 @@ def test_a_merged_linear_layer_equals_its_two_halves_in_sequence(bias):
     torch.testing.assert_close(merged(two)(x), two(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (nn.Conv2d(5, 3, (3, 1), (2, 1), (1, 0)), nn.Conv2d(3, 6, (1, 2), (1, 2), (0, 2), (1, 2))),
+        (nn.Conv2d(5, 3, 1, 2), nn.Conv2d(3, 6, 3, padding=1)),
+        (nn.Conv2d(5, 10, 3, padding=1, groups=5), nn.Conv2d(10, 6, 1)),
+        (nn.Conv2d(5, 4, 1), nn.Conv2d(4, 4, 3, 2, groups=4), nn.Conv2d(4, 6, 1)),
+        (nn.Conv2d(5, 4, 3, padding="same", dilation=2), nn.Conv2d(4, 6, 1, padding="same")),
+        (nn.Linear(7, 3), nn.Linear(3, 2), nn.Linear(2, 6)),
+    ],
+    ids=["columns and rows", "strided first", "by channel", "three", "same", "linear"],
+)
+def test_a_merged_chain_computes_the_same(parts):
+    for part in parts[:-1]:
+        part.bias = None
+    chain = Chain(*parts)
+    x = torch.randn(2, 7) if isinstance(parts[0], nn.Linear) else torch.randn(2, 5, 7, 7)
+    one = merged(chain)
+    assert isinstance(one, type(parts[0]))
+    torch.testing.assert_close(one(x), chain(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_projection_of_two_kinds_of_layer_is_refused():
-    with pytest.raises(ModelError, match="two layers of one kind"):
-        merged(Projected(nn.Linear(3, 2), nn.Conv2d(2, 3, 1)))
+    with pytest.raises(ModelError, match="layers of one kind"):
+        merged(Chain(nn.Linear(3, 2), nn.Conv2d(2, 3, 1)))
 
 
 def test_a_plain_network_has_only_ordinary_layers_and_computes_the_same():
@@ -94,7 +116,7 @@ def test_a_plain_network_has_only_ordinary_layers_and_computes_the_same():
     for layer in layers(network).values():
         quantize_(layer, torch.full((len(layer.weight),), 0.1))
     result = plain(network)
-    assert not any(isinstance(module, Projected) for module in result.modules())
+    assert not any(isinstance(module, Chain) for module in result.modules())
     assert set(layers(result)) == set(layers(networks.make("residual")))
     torch.testing.assert_close(result(IMAGES), images_through, rtol=1e-4, atol=1e-5)
 

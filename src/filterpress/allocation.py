@@ -31,6 +31,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from filterpress.cuts import Plan
 from filterpress.grids import Levels
 from filterpress.representations import Layer
 from filterpress.statistics import Moments
@@ -73,6 +74,7 @@ class Option(NamedTuple):
     n_bytes: float = 0.0  # in place of blocks, whatever theta is
     levels: Levels | None = None  # of the weights, if these do not follow from theta
     n_templates: int = 0  # that kernels are multiples of; 0: they are not
+    plan: Plan | None = None  # of the chain of layers that it becomes
 
     @property
     def groups(self) -> int:
@@ -85,12 +87,13 @@ class Option(NamedTuple):
         return 0 if self.levels is None else self.levels.bits
 
     @property
-    def form(self) -> tuple[int, int, bool, int, str, int]:
+    def form(self) -> tuple[object, ...]:
         """What becomes of a layer, but for the steps that follow from ``theta``."""
         kind, n_levels = "", 0
         if self.levels is not None:
             kind, n_levels = self.levels.kind, self.levels.n_levels
-        return self.rank, self.groups, self.folded, n_levels, kind, self.n_templates
+        chain = () if self.plan is None else (self.plan.kind, *self.plan.ranks)
+        return self.rank, self.groups, self.folded, n_levels, kind, self.n_templates, *chain
 
 
 class Allocation(NamedTuple):
@@ -179,11 +182,7 @@ def as_it_is(weight: Tensor, moments: Moments, generator: torch.Generator) -> Op
         moments: The layer's statistics.
         generator: Chooses the sample of weights.
     """
-    power = moments.inputs.diagonal(dim1=1, dim2=2).mean(dim=1)
-    noise = moments.inputs.diagonal(dim1=1, dim2=2) / power.clamp(min=1e-30)[:, None]
-    noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
-    whole = block(weight, steps_of(weight, moments, 1.0), noise, BIAS_BITS, generator)
-    return Option(0, None, (whole,), 0.0)
+    return Option(0, None, (whole_block(weight, moments, BIAS_BITS, generator),), 0.0)
 
 
 def _ranks(weight: Tensor, groups: int, subspaces: Subspaces) -> list[int]:
@@ -230,6 +229,16 @@ def _projected(
     last = block(rest, unit_steps(gain, torch.ones(len(gain))), noise, BIAS_BITS, generator)
     damage = float(0.5 * subspaces.energies[:, rank:].sum())
     return Option(rank, subspaces, (first, last), damage)
+
+
+def whole_block(
+    weight: Tensor, moments: Moments, bias_bits: float, generator: torch.Generator
+) -> Block:
+    """Sample the weights ``(O, ...)`` of a layer of which all statistics are known."""
+    power = moments.inputs.diagonal(dim1=1, dim2=2)
+    noise = power / power.mean(dim=1, keepdim=True).clamp(min=1e-30)
+    noise = noise.repeat_interleave(len(weight) // len(power), dim=0).view_as(weight)
+    return block(weight, steps_of(weight, moments, 1.0), noise, bias_bits, generator)
 
 
 def block(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from filterpress.cuts import CHANNELS, Cut, as_filters, cut_filters, cut_moments
 from filterpress.errors import ModelError
 from filterpress.representations import Layer
 from filterpress.statistics import Moments, eigen, regular
@@ -160,18 +161,39 @@ def refit_projected(
     Returns:
         ``(O, r, T)`` and the second moments ``(G, r T, r T)`` of what it is applied to.
     """
-    n_in, taps = weight.shape[1], weight[0, 0].numel()
-    second = moments.inputs[0].view(n_in, -1)  # (I, T I T)
-    rows = weight.flatten(1).view(groups, -1, n_in * taps)
-    parts, seconds = [], []
-    for basis, filters in zip(first.view(groups, -1, n_in), rows, strict=True):
-        rank = len(basis)
-        half = (basis @ second).view(rank * taps, n_in, taps)  # P A
-        gram = torch.einsum("ait,ri->art", half, basis).reshape(rank * taps, -1)
-        cross = half.flatten(1) @ filters.T  # (r T, O/G)
-        seconds.append((gram + gram.T) / 2)
-        parts.append(solve(seconds[-1], cross).T.view(-1, rank, taps))
-    return torch.cat(parts), torch.stack(seconds)
+    filters = as_filters(weight)
+    found = [
+        refit_rest(rows, moments.inputs[0], basis[None], CHANNELS)
+        for rows, basis in zip(filters.chunk(groups), first.chunk(groups), strict=True)
+    ]
+    return torch.cat([rest.flatten(2) for rest, _ in found]), torch.stack([m for _, m in found])
+
+
+def refit_rest(weight: Tensor, second: Tensor, rows: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    r"""Solve the second of two layers that a layer is cut into, for a given first.
+
+    With the function ``P`` of the first, from patches of the layer to those of the second, the
+    weights of least damage are :math:`V = W A P^\top (P A P^\top)^{-1}`.
+
+    Args:
+        weight: ``(O, I, kh, kw)`` of the layer.
+        second: ``(d, d)`` second moment of its patches.
+        rows: ``(G, r, t)`` filters of the first layer.
+        cut: What that takes.
+
+    Returns:
+        ``(O, G r, kh', kw')``, where axes that were taken have size 1, and the second moment
+        ``(d', d')`` of what it is applied to.
+    """
+    shape = weight.shape[1:]
+    blocks = cut_moments(second, shape, cut)
+    half = torch.einsum("gtsn,grt->grsn", blocks.flatten(3), rows)  # P A
+    half = half.reshape(-1, *blocks.shape[3:])
+    gram = torch.einsum("ngts,grt->ngrs", half, rows).flatten(1)
+    cross = half.flatten(1) @ cut_filters(weight, cut).flatten(1).T  # (d', O)
+    gram = (gram + gram.T) / 2
+    kernel = [1 if axis in cut.taken else n for axis, n in zip("yx", shape[1:], strict=True)]
+    return solve(gram, cross).T.reshape(len(weight), -1, *kernel), gram
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def section(history: Sequence[Report]) -> str:
             layer,
             page.number(layer, "n_bytes"),
             page.number(rounded.get(name, {}), "distortion"),
-            _changes(layer, cut, page.positive(rounded.get(name, {}), "bits")),
+            _changes(layer, cut, rounded.get(name, {})),
         )
         for name, layer in layers.items()
     ]
@@ -90,7 +90,7 @@ def _last_reduced(history: Sequence[Report]) -> dict[str, Report]:
     return {page.text(layer.get("name")): layer for layer in layers}
 
 
-def _changes(layer: Report, cut: Mapping[tuple[str, str], int], bits: float | None) -> str:
+def _changes(layer: Report, cut: Mapping[tuple[str, str], int], reduced: Report) -> str:
     name = page.text(layer.get("name"))
     changes = [
         f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
@@ -98,9 +98,13 @@ def _changes(layer: Report, cut: Mapping[tuple[str, str], int], bits: float | No
         if (lost := cut[name, fate]) > 0
     ]
     rank, groups = page.positive(layer, "rank"), page.positive(layer, "groups")
-    if rank is not None:
+    kind, its_rank = page.text(reduced.get("kind")), page.positive(reduced, "rank")
+    if kind and its_rank is not None:
+        changes.append(f"{kind} of rank {its_rank:.0f}")
+    elif rank is not None:
         parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
         changes.append(f"projected to rank {rank:.0f}{parts}")
+    bits = page.positive(reduced, "bits")
     if bits is not None:
         changes.append(f"rounded to {bits:.0f} bit{'' if bits == 1 else 's'}")
     return ", ".join(changes)

@@ -13,7 +13,7 @@ from filterpress import codec, package
 from filterpress.codec.graph import to_onnx
 from filterpress.processes import best_device
 from filterpress.progress import progress
-from filterpress.representations import Projected, has_linear_kernels
+from filterpress.representations import Chain, has_linear_kernels
 from filterpress.tasks import ImageClassification, Predict, Task, share_right
 from filterpress.training import predictor
 
@@ -127,10 +127,10 @@ def layer_rows(encoded: bytes, network: nn.Module) -> list[Json]:
 
     Returns:
         For each layer its ``name``, the ``shape`` of its weight, about how many ``n_bytes`` it has
-        in the file, and ``bits_per_weight``. The two halves of a projected layer are one row, with
-        the shape from before the projection, its ``rank`` and its ``groups``. What kernels of
-        multiples of templates are made of is one row, too; shared templates count for the layer
-        that names them.
+        in the file, and ``bits_per_weight``. A chain of layers is one row, with the shape from
+        before it was cut, its ``rank`` (the channels that a filter of its last layer reads) and its
+        ``groups``. What kernels of multiples of templates are made of is one row, too; shared
+        templates count for the layer that names them.
     """
     modules = dict(network.named_modules())
     place = {f"{name}.weight": number for number, name in enumerate(modules)}
@@ -140,23 +140,22 @@ def layer_rows(encoded: bytes, network: nn.Module) -> list[Json]:
         name, _, part = tensor.rpartition(".")
         name = name if part in PARTS else tensor
         owner = name.rpartition(".")[0]
-        layer = owner if isinstance(modules.get(owner), Projected) else name
+        layer = owner if isinstance(modules.get(owner), Chain) else name
         if stored[tensor].integers.ndim > 1:
             weights.setdefault(layer, []).append(stored[tensor].integers)
     return [_layer_row(layer, modules.get(layer), *parts) for layer, parts in weights.items()]
 
 
-def _layer_row(
-    name: str, layer: nn.Module | None, first: NDArray[np.int32], *others: NDArray[np.int32]
-) -> Json:
-    bits = sum(codec.estimate_bits(part) for part in (first, *others))
-    n_weights = sum(part.size for part in (first, *others))
-    shape, more = list(first.shape), {}
-    if isinstance(layer, Projected):
-        for last in others:
-            n_out, rank, *kernel = last.shape
-            shape = [n_out, first.shape[1], *kernel]
-            more = {"rank": rank, "groups": len(first) // rank}
+def _layer_row(name: str, layer: nn.Module | None, *parts: NDArray[np.int32]) -> Json:
+    bits = sum(codec.estimate_bits(part) for part in parts)
+    n_weights = sum(part.size for part in parts)
+    shape, more = list(parts[0].shape), {}
+    if isinstance(layer, Chain):
+        first, last = parts[0], parts[-1]
+        n_in = first.shape[1] * getattr(layer[0], "groups", 1)
+        kernel = np.prod([part.shape[2:] for part in parts], axis=0, dtype=int).tolist()
+        shape = [len(last), n_in, *kernel]
+        more = {"rank": last.shape[1], "groups": len(parts[-2]) // last.shape[1]}
     elif layer is not None and has_linear_kernels(layer):
         shape, n_weights = list(layer.weight.shape), layer.weight.numel()  # type: ignore[arg-type, operator]
     return {

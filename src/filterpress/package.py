@@ -31,8 +31,8 @@ from filterpress.codec.graph import strip
 from filterpress.errors import PackageError
 from filterpress.export import to_graph
 from filterpress.representations import (
+    Chain,
     ChannelOrder,
-    Projected,
     check_form,
     describe_form,
     take_form_,
@@ -197,8 +197,8 @@ def describe_changes(package: Package) -> dict[str, Json]:
 def describe(module: nn.Module) -> Json:
     """Describe a layer that a stage may change or put in, as JSON; ``{}`` for any other module."""
     match module:
-        case Projected():
-            return {"kind": "projected", "parts": [describe(part) for part in module]}
+        case Chain():
+            return {"kind": "chain", "parts": [describe(part) for part in module]}
         case ChannelOrder():
             return {"kind": "order", "channels": len(module.index)}
         case nn.Conv2d():
@@ -249,8 +249,8 @@ def construct(layer: Json) -> nn.Module:
         return int(first), int(second)
 
     match layer.get("kind"):
-        case "projected":
-            return Projected(*(construct(part) for part in layer["parts"]))
+        case "chain":
+            return Chain(*(construct(part) for part in layer["parts"]))
         case "order":
             return ChannelOrder(torch.arange(layer["channels"]))
         case "conv":

@@ -1,7 +1,7 @@
 """Layers whose weight is made of fewer numbers, and layers that replace another.
 
 A layer keeps its kind when its weight takes another form (see `forms`), so that it trains and runs
-as before. `Projected` stands for one convolution by two smaller ones.
+as before. `Chain` stands for one layer by several smaller ones.
 """
 
 from __future__ import annotations
@@ -37,22 +37,12 @@ class ChannelOrder(nn.Module):
         return x.index_select(1, self.index)
 
 
-class Projected(nn.Sequential):
-    """One layer as two: a projection of the input channels, then the layer on what is left.
+class Chain(nn.Sequential):
+    """One layer as several smaller ones, such as a projection and the layer on what is left.
 
-    ``project`` is a 1x1 convolution (or a linear layer) from ``I`` to ``groups * rank`` channels
-    without bias; ``apply`` is the layer itself on these, grouped when ``groups`` is above one;
-    ``order`` undoes the sorting of filters into groups.
+    Convolutions, or linear layers, of which only the last has a bias; behind it there may be a
+    `ChannelOrder` that undoes the sorting of filters into groups.
     """
-
-    def __init__(
-        self, project: nn.Module, layer: nn.Module, order: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.add_module("project", project)
-        self.add_module("apply_", layer)
-        if order is not None:
-            self.add_module("order", order)
 
 
 def form_of(module: nn.Module) -> nn.Module | None:

@@ -69,18 +69,19 @@ class Moments(NamedTuple):
 
 
 def regular(matrix: Tensor) -> Tensor:
-    """Add to a second moment ``(n, n)`` what makes it safe to factorise.
+    """Add to second moments ``(..., n, n)`` what makes them safe to factorise.
 
     A share of the mean power, because calibration images are few, and of the largest one, because
     float32 tells no smaller ones from rounding.
     """
-    power = matrix.diagonal()
-    ridge = RIDGE * power.mean() + 10 * torch.finfo(matrix.dtype).eps * power.max()
-    return matrix + torch.diag((ridge + 1e-24).expand(len(matrix)))
+    power = matrix.diagonal(dim1=-2, dim2=-1)
+    least = 10 * torch.finfo(matrix.dtype).eps * power.amax(dim=-1, keepdim=True)
+    ridge = RIDGE * power.mean(dim=-1, keepdim=True) + least + 1e-24
+    return matrix + torch.diag_embed(ridge.expand_as(power))
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues ``(n,)``, rising, and eigenvectors ``(n, n)`` of a symmetric matrix.
+    """Return the eigenvalues ``(..., n)``, rising, and eigenvectors of symmetric ``(..., n, n)``.
 
     Single precision does not always converge on second moments that nearly lack rank, and does not
     always say so; double does.

@@ -69,13 +69,12 @@ def input_subspaces(
     filters = (taps_of(weight) * channels.mass.sqrt()).transpose(1, 2) @ root  # (O, T, I) whitened
     gain = outputs.diagonal().sqrt()[:, None, None]
     order = group_filters(filters * gain, groups, seed=seed).argsort(stable=True)
-    own = torch.stack([regular(part) for part in blocks_of(outputs, order, groups)])
+    own = regular(blocks_of(outputs, order, groups))
     sorted_ = torch.unflatten(filters[order], 0, (groups, -1))
     parts = torch.einsum("gpq,gpti->gqti", torch.linalg.cholesky(own), sorted_)
-    found = [_principal(part.flatten(0, 1)) for part in parts]
-    bases = torch.stack([basis for basis, _ in found])
+    bases, energies = principal(parts.flatten(1, 2))
     bases = torch.linalg.solve_triangular(root, bases, upper=False, left=False)
-    return Subspaces(order, bases, torch.stack([energy for _, energy in found]))
+    return Subspaces(order, bases, energies)
 
 
 def blocks_of(outputs: Tensor, order: Tensor, groups: int) -> Tensor:
@@ -85,15 +84,22 @@ def blocks_of(outputs: Tensor, order: Tensor, groups: int) -> Tensor:
     return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal directions ``(m, I)`` of rows ``(n, I)`` and their energies ``(m,)``."""
-    if len(rows) < rows.shape[1]:
-        energy, left = eigen(rows @ rows.T)
-        energy, left = energy.flip(0).clamp(min=0), left.flip(1)
-        inverse = torch.where(energy > 1e-7 * energy[0], energy.rsqrt(), 0)
-        return (left * inverse).T @ rows, energy
-    energy, right = eigen(rows.T @ rows)
-    return right.flip(1).T, energy.flip(0).clamp(min=0)
+def principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal directions of rows and their energies, the largest first.
+
+    Args:
+        rows: ``(G, n, d)``.
+
+    Returns:
+        ``(G, m, d)`` and ``(G, m)``, ``m = min(n, d)``.
+    """
+    if rows.shape[1] < rows.shape[2]:
+        energy, left = eigen(rows @ rows.mT)
+        energy, left = energy.flip(1).clamp(min=0), left.flip(2)
+        inverse = torch.where(energy > 1e-7 * energy[:, :1], energy.rsqrt(), 0)
+        return (left * inverse[:, None]).mT @ rows, energy
+    energy, right = eigen(rows.mT @ rows)
+    return right.flip(2).mT, energy.flip(1).clamp(min=0)
 
 
 def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 2) -> Tensor:
@@ -122,8 +128,7 @@ def group_filters(filters: Tensor, groups: int, *, seed: int, iterations: int = 
         slots = cost.repeat_interleave(size, dim=1).numpy()
         labels = torch.from_numpy(linear_sum_assignment(slots)[1] // size)
         if iteration < iterations:
-            spans = [
-                _principal(filters[labels == g].flatten(0, 1))[0][:rank] for g in range(groups)
-            ]
-            cost = -torch.stack([(filters @ s.T).square().sum(dim=(1, 2)) for s in spans], dim=1)
+            own = filters[labels.argsort(stable=True)].view(groups, -1, n_in)
+            spans = principal(own)[0][:, :rank]  # (G, rank, I)
+            cost = -torch.einsum("oti,gri->gotr", filters, spans).square().sum(dim=(2, 3)).T
     return labels

@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from filterpress.errors import ModelError
-from filterpress.representations import Layer, Projected, like, without_quantization
+from filterpress.representations import Chain, ChannelOrder, Layer, without_quantization
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +71,14 @@ def is_depthwise(layer: nn.Module) -> bool:
 def plain(model: nn.Module) -> nn.Module:
     """Copy a network with every layer in its plain form.
 
-    Quantised layers get their floating-point weights back and projected layers become one layer
+    Quantised layers get their floating-point weights back and chains of layers become one layer
     again, so that every method sees ordinary layers whatever was done before.
 
     Args:
         model: Any network.
 
     Returns:
-        A copy in evaluation mode; projected layers compute the same function.
+        A copy in evaluation mode; chains compute the same function.
 
     Raises:
         ModelError: A weight is not finite.
@@ -88,41 +88,80 @@ def plain(model: nn.Module) -> nn.Module:
             raise ModelError(f"the values of {name} must be finite, got NaN or infinity")
     result = without_quantization(model, rounded=False)
     for name, module in list(result.named_modules()):
-        if isinstance(module, Projected):
+        if isinstance(module, Chain):
             result.set_submodule(name, merged(module))
     return result
 
 
-def merged(layer: Projected) -> Layer:
-    """Multiply the two halves of a projected layer out into one layer.
+def merged(chain: Chain) -> Layer:
+    """Multiply a chain of layers out into one.
 
     Args:
-        layer: A projected convolution or linear layer, not quantised.
+        chain: Linear layers, or convolutions of which no two span the same axis; not quantised.
 
     Returns:
-        A layer with the same function and the shape from before the projection.
+        An ungrouped layer with the same function.
     """
-    first, last = layer.get_submodule("project"), layer.get_submodule("apply_")
-    order = layer.get_buffer("order.index") if "order" in layer._modules else None
+    orders = [part.index for part in chain if isinstance(part, ChannelOrder)]
+    *firsts, result = [part for part in chain if isinstance(part, Layer)]
+    for first in reversed(firsts):
+        result = _product(first, result)
+    with torch.no_grad():
+        for order in orders:
+            result.weight.copy_(result.weight[order])
+            if result.bias is not None:
+                result.bias.copy_(result.bias[order])
+    return result
+
+
+def _product(first: Layer, last: Layer) -> Layer:
+    """Multiply two layers out, of which the first has no bias."""
+    made: Layer
     if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
+        made = nn.Linear(first.in_features, last.out_features, last.bias is not None)
         weight = last.weight @ first.weight
     elif isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d):
-        u = first.weight.flatten(1).view(last.groups, -1, first.in_channels)  # (G, r, I)
-        v = last.weight.view(last.groups, -1, *last.weight.shape[1:])  # (G, O/G, r, kh, kw)
-        weight = torch.einsum("gorhw,gri->goihw", v, u).flatten(0, 1)
+        weight = torch.einsum("omyx,mivu->oiyvxu", _ungrouped(last), _ungrouped(first))
+        weight = weight.flatten(4).flatten(2, 3)  # of two kernels, one has a single pixel
+        made = _spanning_both(first, last)
     else:
-        raise ModelError(f"a projected layer must hold two layers of one kind, got {layer}")
-    result = like(last, weight.shape[1], weight.shape[0])
-    if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d):
-        result.stride = (first.stride[0] * last.stride[0], first.stride[1] * last.stride[1])
-    bias = last.bias
-    if order is not None:
-        weight, bias = weight[order], None if bias is None else bias[order]
+        raise ModelError(f"a chain must hold layers of one kind, got {first} and {last}")
     with torch.no_grad():
-        result.weight.copy_(weight)
-        if result.bias is not None and bias is not None:
-            result.bias.copy_(bias)
-    return result
+        made.weight.copy_(weight)
+        if made.bias is not None and last.bias is not None:
+            made.bias.copy_(last.bias)
+    return made
+
+
+def _spanning_both(first: nn.Conv2d, last: nn.Conv2d) -> nn.Conv2d:
+    """Make a convolution of the geometry of two, without weights yet."""
+
+    def pairs(key: str) -> Iterator[tuple[int, int]]:
+        return zip(getattr(first, key), getattr(last, key), strict=True)
+
+    padding: str | tuple[int, ...] = next(
+        (part.padding for part in (last, first) if isinstance(part.padding, str)), ()
+    ) or tuple(p + s * q for s, (p, q) in zip(first.stride, pairs("padding"), strict=True))
+    return nn.Conv2d(
+        first.in_channels,
+        last.out_channels,
+        tuple(k * n for k, n in pairs("kernel_size")),  # type: ignore[arg-type]
+        tuple(s * t for s, t in pairs("stride")),  # type: ignore[arg-type]
+        padding,  # type: ignore[arg-type]
+        tuple(  # type: ignore[arg-type]
+            d if n == 1 else s * e
+            for n, s, (d, e) in zip(last.kernel_size, first.stride, pairs("dilation"), strict=True)
+        ),
+        bias=last.bias is not None,
+        padding_mode=last.padding_mode,
+    )
+
+
+def _ungrouped(layer: nn.Conv2d) -> Tensor:
+    """Return the weight ``(O, I, kh, kw)`` of a convolution, zero between its groups."""
+    parts = layer.weight.view(layer.groups, -1, *layer.weight.shape[1:])  # (G, O/G, I/G, kh, kw)
+    blocks = torch.einsum("goiyx,gh->gohiyx", parts, torch.eye(layer.groups).to(parts))
+    return blocks.flatten(2, 3).flatten(0, 1)
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:

@@ -13,4 +13,4 @@ class Outcome(NamedTuple):
 
     model: nn.Module  # a new network; the one given is untouched
     notes: Mapping[str, float | str]  # what to report: counts and errors
-    layers: Mapping[str, Mapping[str, float]]  # the same, for each layer that was changed
+    layers: Mapping[str, Mapping[str, float | str]]  # the same, for each layer that was changed

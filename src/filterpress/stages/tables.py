@@ -41,12 +41,16 @@ def clusterers() -> Table:
 
 def reducers() -> Table:
     """Methods of the ``reduce`` stage, the default first."""
+    from filterpress.methods.convert_layers import ConversionConfig, convert_layers
+    from filterpress.methods.factor_layers import FactorConfig, factor_layers
     from filterpress.methods.project_channels import ProjectionConfig, project_channels
     from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 
     return {
         "project": (project_channels, ProjectionConfig),
         "quantize": (quantize_weights, QuantizationConfig),
+        "factor": (factor_layers, FactorConfig),
+        "convert": (convert_layers, ConversionConfig),
     }
 
 
