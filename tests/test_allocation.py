@@ -180,6 +180,25 @@ def test_estimated_bytes_are_those_of_the_file(bits):
     assert n_bytes_of(allocation) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("theta", [1e-6, 1e-3])
+def test_bits_of_a_pruned_layer_are_the_entropy_of_all_its_integers(share, theta):
+    """A sample of few survivors would show fewer integers than there are."""
+    layer = nn.Conv2d(128, 128, 3)
+    with torch.no_grad():
+        layer.weight[torch.rand(layer.weight.shape, generator=generator()) >= share] = 0
+    moments = white(layer)
+    (whole,) = options(layer, moments, max_groups=0)
+    expected_bytes, damage = Rates({"layer": [whole]}).blocks_at(theta)
+    steps = steps_of(layer.weight.detach(), moments, theta)[:, None, None, None]
+    exact = layer.weight.detach() / steps
+    integers = exact.round()
+    shares = integers.unique(return_counts=True)[1].double() / integers.numel()
+    bits = integers.numel() * float(torch.special.entr(shares).sum() / math.log(2))
+    assert float(8 * expected_bytes) - whole.blocks[0].side_bits == pytest.approx(bits, rel=0.04)
+    assert float(damage) == pytest.approx(0.5 * moments.error((exact - integers) * steps), rel=0.1)
+
+
 def test_grouped_convolutions_are_offered_no_projection():
     layer = nn.Conv2d(8, 12, 3, groups=4)
     assert [option.rank for option in options(layer, white(layer))] == [0]

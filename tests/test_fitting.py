@@ -36,8 +36,8 @@ class Widths(nn.Module):
 
 
 def of(bits):
-    """Make levels of a width; what they are matters to nobody here."""
-    return Levels("symmetric", bits, torch.zeros(0))
+    """Make levels of a width; their number is all that matters here."""
+    return Levels("symmetric", bits, torch.zeros(2**bits))
 
 
 def widths(seed, n_layers=5):

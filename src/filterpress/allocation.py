@@ -54,13 +54,14 @@ BIAS_BITS = 9.0  # a row's bias in the file
 
 
 class Block(NamedTuple):
-    """Weights that are quantised together, by a sample of them."""
+    """Weights that are quantised together, by a sample of those that have not been pruned."""
 
     units: Tensor  # (SAMPLES,) weight over the step that costs theta = 1
     noise: Tensor  # (SAMPLES,) how much the weight's error counts, mean 1
     n_weights: int
     side_bits: float  # steps and biases
     beside_bits: float = 0.0  # of each weight that is not rounded to zero, besides its integer
+    share: float = 1.0  # of the weights that have not been pruned
 
 
 class Option(NamedTuple):
@@ -151,7 +152,8 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     Args:
         layer: A plain layer.
         moments: Its statistics.
-        max_groups: Largest number of groups of filters; powers of two up to it are offered.
+        max_groups: Largest number of groups of filters; powers of two up to it are offered, and no
+            projection at 0.
         seed: Chooses the sample of weights.
 
     Returns:
@@ -161,7 +163,8 @@ def options(layer: Layer, moments: Moments, *, max_groups: int = 4, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     found = [as_it_is(weight, moments, generator)]
     power = moments.inputs.diagonal(dim1=1, dim2=2)
-    if (isinstance(layer, nn.Conv2d) and layer.groups > 1) or not power.any():
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    if grouped or not max_groups or not power.any():
         return found
     channels = channel_moments(weight, moments)
     most = max_groups if weight.ndim > 2 and weight[0, 0].numel() > 1 else 1
@@ -253,10 +256,15 @@ def block(
         bias_bits: Bits of a row's bias; 0 where there is none.
         generator: Chooses the sample.
     """
-    chosen = torch.randint(weight.numel(), (SAMPLES,), generator=generator)
-    units = weight.reshape(-1)[chosen] / steps[chosen // weight[0].numel()]
-    picked = noise.reshape(-1)[chosen]
-    return Block(units, picked, weight.numel(), len(weight) * (STEP_BITS + bias_bits))
+    flat = weight.reshape(-1)
+    left = flat.nonzero().flatten()
+    if not len(left):
+        left = torch.arange(len(flat))
+    chosen = left[torch.randint(len(left), (SAMPLES,), generator=generator)]
+    units = flat[chosen] / steps[chosen // weight[0].numel()]
+    side_bits = len(weight) * (STEP_BITS + bias_bits)
+    share = len(left) / len(flat)
+    return Block(units, noise.reshape(-1)[chosen], len(flat), side_bits, share=share)
 
 
 class Rates:
@@ -286,6 +294,7 @@ class Rates:
         self.n_weights = torch.tensor([float(b.n_weights) for _, b in blocks])
         self.side = torch.tensor([b.side_bits for _, b in blocks])
         self.beside = np.array([b.beside_bits for _, b in blocks])
+        self.share = np.array([b.share for _, b in blocks])
         self.damage = torch.tensor([option.damage for option in self.options])  # (P,)
         self.n_bytes = torch.tensor([option.n_bytes for option in self.options])
 
@@ -297,8 +306,8 @@ class Rates:
 
     def blocks_at(self, theta: float) -> tuple[Tensor, Tensor]:
         """Return bytes and rounding damage ``(B,)`` of every block."""
-        step = math.sqrt(theta)
-        measured = _round_blocks(self.units.numpy(), self.noise.numpy(), self.beside, step)
+        samples = self.units.numpy(), self.noise.numpy(), self.beside, self.share
+        measured = _round_blocks(*samples, math.sqrt(theta))
         bits, damage = (torch.from_numpy(m).float() * self.n_weights for m in measured)
         return (bits + self.side) / 8, LEFT * damage
 
@@ -343,16 +352,19 @@ def _round_blocks(
     units: NDArray[np.float32],
     noise: NDArray[np.float32],
     beside: NDArray[np.float64],
+    share: NDArray[np.float64],
     step: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the bits and the mean damage ``(B,)`` of rounding a weight to a step.
 
     The bits are the order-0 entropy of the integers, and what goes with those that are not zero.
+    Weights that were pruned are zeros for certain, so a sample of the others says more.
 
     Args:
-        units: (B, m) weights, in steps that cost theta = 1.
+        units: (B, m) weights that have not been pruned, in steps that cost theta = 1.
         noise: (B, m) how much a weight's error counts.
         beside: (B,) bits of each integer that is not zero, besides its own.
+        share: (B,) of the weights that have not been pruned, positive.
         step: Positive, in the same steps.
     """
     n_blocks, n_weights = units.shape
@@ -376,8 +388,13 @@ def _round_blocks(
                 code += int(BINS * min(np.log2(size / LINEAR), OCTAVES))
                 within += np.log2(size * (2 ** (1 / BINS) - 1))
             counts[int(integer < 0), code] += 1
-        entropy[b] = np.log2(n_weights) + within / n_weights
+        n_zeros = counts[0, 0]
+        within += c_log_c[n_zeros]
         for count in counts.flat:
-            entropy[b] -= c_log_c[count] / n_weights
-        damage[b] = error * step**2 / n_weights
+            within -= c_log_c[count]
+        left = share[b] * (1 - n_zeros / n_weights)  # share of integers that are not zero
+        entropy[b] = share[b] * within / n_weights + left * np.log2(n_weights / share[b])
+        if left < 1:
+            entropy[b] -= (1 - left) * np.log2(1 - left)
+        damage[b] = share[b] * error * step**2 / n_weights
     return entropy, damage

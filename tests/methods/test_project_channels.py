@@ -179,6 +179,28 @@ def test_one_group_is_all_that_is_offered_when_asked():
     assert {entry["groups"] for entry in made.layers.values()} == {1.0}
 
 
+def test_nothing_is_projected_or_folded_without_groups_and_zeros_stay():
+    network = networks.make("bottlenecks")
+    generator = torch.Generator().manual_seed(0)
+    pruned = torch.rand(network.last.weight.shape, generator=generator) < 0.7
+    with torch.no_grad():
+        network.last.weight[pruned] = 0
+    made = run(network, size(network) // 2, max_groups=0)
+    assert (made.notes["projected"], made.notes["folded"]) == (0.0, 0.0)
+    assert (made.model.last.weight[pruned] == 0).all()
+    assert made.model.last.weight.any()
+
+
+def test_chains_stand_beside_projections_where_they_are_named():
+    network = networks.make("concatenating")
+    alone = run(network, size(network) // 3)
+    beside = run(network, size(network) // 3, kinds="cp,separable")
+    taken = {entry["kind"] for entry in beside.layers.values() if "kind" in entry}
+    assert taken
+    assert taken <= {"cp", "separable"}
+    assert not any("kind" in entry for entry in alone.layers.values())
+
+
 def test_grouped_and_depthwise_convolutions_are_quantised_only():
     for name, layer in (("grouped", "grouped"), ("depthwise", "block.depthwise")):
         network = networks.make(name)
@@ -239,7 +261,8 @@ def test_a_layer_that_stays_cannot_be_projected():
     ("field", "value"),
     [
         ("images", 0),
-        ("max_groups", 0),
+        ("max_groups", -1),
+        ("kinds", "svd,cpp"),
         ("levels", "some"),
         ("max_shrink", 0.5),
         ("max_shrink", 1.0),

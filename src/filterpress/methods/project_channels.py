@@ -5,7 +5,8 @@ groups of filters live in different subspaces; both are rounded to steps, each w
 the errors of those before (see `rounding`). Ranks, groups and steps of the whole network come from
 one allocator, so that the encoded file meets the budget at the least damage to the network's
 outputs; a layer that gains nothing from a projection is only rounded. Fixed widths and codebooks
-can stand beside these options, and are seldom chosen: entropy-coded, they take no fewer bytes.
+can stand beside these options, and are seldom chosen: entropy-coded, they take no fewer bytes. So
+can the chains of other methods (see `chains`).
 
 A projection costs ``G r I + O r T`` weights instead of ``O I T``, and as many multiply-accumulates
 a position. It costs nothing where no nonlinearity lies between a layer and those that make its
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from filterpress.allocation import Rates, options
 from filterpress.building import Source, build, measured, told
+from filterpress.chains import CUTS, chain_options, kinds_of
 from filterpress.fitting import Attempt, Goal, fit_budget
 from filterpress.folding import fold_options, linear_channels, spreads_of
 from filterpress.levels import fit_levels, level_option
@@ -52,7 +54,10 @@ class ProjectionConfig:
 
     Attributes:
         images: Calibration images; fewer where they are large.
-        max_groups: Largest number of groups of filters with a projection of their own.
+        max_groups: Largest number of groups of filters with a projection of their own; 0 projects
+            nothing, and layers are only rounded.
+        kinds: Chains of layers that stand beside projections, with commas between: svd, tucker, cp,
+            spatial, separable and low-rank; none without a name.
         levels: What else layers may be rounded to: steps (nothing but multiples of steps that the
             allocator chooses), widths (integers of 1 to 8 bits, too), codebooks (of 2 to 256
             numbers, too), or all.
@@ -62,14 +67,17 @@ class ProjectionConfig:
 
     images: int = 1024
     max_groups: int = 4
+    kinds: str = ""
     levels: str = "steps"
     max_shrink: float = 0.0
 
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError(f"images must be at least 1, got {self.images}")
-        if self.max_groups < 1:
-            raise ValueError(f"max_groups must be at least 1, got {self.max_groups}")
+        if self.max_groups < 0:
+            raise ValueError(f"max_groups must be 0 or more, got {self.max_groups}")
+        if self.kinds:
+            kinds_of(self.kinds, tuple(CUTS))
         if self.levels not in LEVELS:
             raise ValueError(f"levels must be one of {tuple(LEVELS)}, got {self.levels!r}")
         if self.max_shrink != 0 and not 1 < self.max_shrink < math.inf:
@@ -102,7 +110,7 @@ def project_channels(
         ModelError: Every allocation found is one to avoid.
     """
     source = measured(model, images, seed=seed)
-    linear = linear_channels(source.network, images[:2])
+    linear = linear_channels(source.network, images[:2]) if config.max_groups else []
     source = source._replace(linear=linear, spreads=spreads_of(source.network, linear, images))
     rates = _rates(source, config, seed)
     if config.max_shrink:
@@ -114,11 +122,13 @@ def project_channels(
 def _rates(source: Source, config: ProjectionConfig, seed: int) -> Rates:
     """List what every layer, and every group of layers between nonlinearities, can become."""
     used = {n: layer for n, layer in layers(source.network).items() if n in source.moments}
+    kinds = kinds_of(config.kinds, tuple(CUTS)) if config.kinds else ()
     candidates = {}
     with progress("reduce", len(used) + len(source.linear)) as advance:
         for name, layer in used.items():
             groups, moments = config.max_groups, source.moments[name]
             candidates[name] = options(layer, moments, max_groups=groups, seed=seed)
+            candidates[name] += chain_options(layer, moments, kinds, seed=seed)[1:]
             for kind, bits in product(LEVELS[config.levels], range(1, 9)):
                 levels = fit_levels(layer.weight.detach(), moments, kind, bits, seed=seed)
                 candidates[name].append(level_option(layer, levels, moments, "compensated"))
