@@ -43,7 +43,6 @@ from filterpress.rounding import (
 )
 from filterpress.statistics import Moments
 
-GROWN = 1.5  # what kernels leave that make up for earlier ones, over what each leaves alone
 SCORES = 2**24  # of kernels with templates that are held at a time
 
 

@@ -48,7 +48,6 @@ from filterpress.rounding import quantize_compensated_
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
 from filterpress.templates import (
-    GROWN,
     fit_alone,
     index_lengths,
     look,
@@ -260,7 +259,7 @@ def kernel_options(
             side_bits=factors.side_bits + side,
             beside_bits=float(index_lengths(fit.indices, n_templates)[fit.indices].mean()),
         )
-        damage = GROWN * 0.5 * float((seen.gain * fit.left.sum(dim=1)).sum())
+        damage = 0.5 * float((seen.gain * fit.left.sum(dim=1)).sum())
         found.append(Option(0, None, (factors, offsets), damage, n_templates=n_templates))
     return found
 
