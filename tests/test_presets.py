@@ -24,12 +24,12 @@ def test_the_default_preset_is_the_default_of_every_stage():
 
 
 def test_a_users_field_goes_over_that_of_the_preset():
-    found = json.loads(overlay("post-training", "reduce", '{"bits": 3, "per": "tensor"}'))
-    assert found == {**PRESETS["post-training"].reduce, "bits": 3, "per": "tensor"}
+    found = json.loads(overlay("post-training", "reduce", '{"levels": "steps", "max_groups": 1}'))
+    assert found == {**PRESETS["post-training"].reduce, "levels": "steps", "max_groups": 1}
 
 
 def test_another_method_has_nothing_of_the_preset():
-    own = {"method": "project", "max_groups": 1}
+    own = {"method": "quantize", "bits": 3}
     assert json.loads(overlay("post-training", "reduce", json.dumps(own))) == own
 
 

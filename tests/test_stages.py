@@ -257,7 +257,10 @@ def test_the_method_none_passes_the_network_on_in_every_stage(made, tmp_path):
 def test_a_preset_configures_every_stage_and_a_config_goes_over_it(made, tmp_path):
     report = stages.prune(made / "train", tmp_path / "0", preset="post-training", **TASK)
     assert report["method"] == "none"
-    for out, config, method in (("1", "{}", "quantize"), ("2", '{"method": "project"}', "project")):
+    for out, config, method in (
+        ("1", "{}", "project"),
+        ("2", '{"method": "quantize"}', "quantize"),
+    ):
         report = stages.reduce(
             made / "prune", tmp_path / out, preset="post-training", config=config, **TIGHT, **TASK
         )

@@ -29,17 +29,52 @@ class Preset(NamedTuple):
     retrain: Fields = AS_IT_IS
 
 
+STEPS: Fields = MappingProxyType({"method": "project", "max_groups": 0})
+SALIENCY: Fields = MappingProxyType({"method": "saliency"})
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        DEFAULT: Preset(
-            "Similar filters removed and merged, channels projected, steps, retraining."
+        DEFAULT: Preset("Similar filters go, others merge, channels are projected; steps."),
+        "deep-compression": Preset(
+            "Connections are pruned by saliency, the others share codebooks that learn.",
+            prune=SALIENCY,
+            cluster=OFF,
+            reduce={"method": "quantize", "grid": "codebook", "per": "tensor"},
         ),
         "post-training": Preset(
-            "No labels and no training: widths of integers, chosen by layer.",
+            "No labels, no training: projections, 1-D and separable layers, widths, steps.",
             prune=OFF,
             cluster=OFF,
-            reduce={"method": "quantize"},
+            reduce={
+                "method": "project",
+                "kinds": "svd,tucker,cp,spatial,separable,low-rank",
+                "levels": "all",
+            },
             retrain=OFF,
+        ),
+        "linear-kernels": Preset(
+            "Kernels are multiples of shared templates; factors and offsets learn.",
+            prune=OFF,
+            cluster={"method": "kernels"},
+            reduce=OFF,
+        ),
+        "saliency-birch": Preset(
+            "Connections are pruned by saliency, the others share as many values as BIRCH finds.",
+            prune=SALIENCY,
+            cluster={"method": "share"},
+            reduce=OFF,
+        ),
+        "learned-threshold": Preset(
+            "Each layer learns the threshold below which its weights go; steps.",
+            prune={"method": "threshold"},
+            cluster=OFF,
+            reduce=STEPS,
+        ),
+        "mac-budget": Preset(
+            "Layers lose weights by their multiply-accumulates; steps.",
+            prune={"method": "macs"},
+            cluster=OFF,
+            reduce=STEPS,
         ),
     }
 )
@@ -72,10 +107,10 @@ def overlay(preset: str, stage: str, config: str) -> str:
         ValueError: There is no such preset, or the text is no JSON object.
 
     Example:
-        >>> overlay("post-training", "reduce", '{"bits": 4}')
-        '{"method": "quantize", "bits": 4}'
-        >>> overlay("post-training", "reduce", '{"method": "project"}')
-        '{"method": "project"}'
+        >>> overlay("mac-budget", "reduce", '{"levels": "widths"}')
+        '{"method": "project", "max_groups": 0, "levels": "widths"}'
+        >>> overlay("mac-budget", "reduce", '{"method": "quantize"}')
+        '{"method": "quantize"}'
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")

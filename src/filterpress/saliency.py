@@ -46,7 +46,7 @@ from filterpress.training import FitConfig, forward, in_bfloat16
 Schedule = Literal["cubic", "geometric"]
 IMAGES = 1024  # on which batch-norm is measured again after a cut
 LEAST = 1e-9  # normalised gradient that every weight has
-HIGHEST = 0.95  # rate that a budget can ask for; the rest is better left to fewer bits
+HIGHEST = 0.99  # rate that a budget can ask for; the rest is better left to fewer bits
 HALVINGS = 7  # of the interval in which that rate is searched
 
 

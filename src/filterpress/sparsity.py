@@ -20,7 +20,7 @@ from filterpress.surgery import layers
 
 SURVIVOR_BITS = 4.0  # of a weight that is left, once it is quantised; with its sign
 PRECISION = 1e-6  # of a share
-LEAST = 0.05  # share that survives whatever the budget; further on, fewer bits do better
+LEAST = 0.01  # share that survives whatever the budget; further on, fewer bits do better
 
 
 def sparse_bytes(n_weights: float, share: Tensor) -> Tensor:
