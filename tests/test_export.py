@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from filterpress import codec, export
+from filterpress.activations import Activated, ActivationQuantizer
 from filterpress.codec.graph import fill, strip
 from filterpress.errors import ModelError
 from filterpress.export import to_graph
@@ -99,6 +100,73 @@ def test_a_network_that_is_not_quantised_is_rounded_to_eight_bits(name):
     assert len(weights) == len(layers(network))
     for integers in weights:
         assert (abs(integers).reshape(len(integers), -1).max(axis=1) == 127).all()
+
+
+def rounding_inputs(name, bits, coarse=63):
+    """Make a network whose layers all read rounded activations."""
+    network = networks.make(name)
+    storable_(network)  # of batch-norm; steps become coarser
+    network = without_quantization(network, rounded=True)
+    for number, (path, layer) in enumerate(layers(network).items()):
+        largest = layer.weight.detach().flatten(1).abs().amax(dim=1)
+        quantize_(layer, on_grid(largest / coarse))
+        scale, zero_point = 5.0 / 2**bits, 0 if number else 2**bits // 2
+        network.set_submodule(path, Activated(ActivationQuantizer(scale, zero_point, bits), layer))
+    return network.eval()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_graph_finds_the_integers_that_the_network_does(name, bits, fine):
+    network = rounding_inputs(name, bits)
+    graph, tensors = to_graph(network, networks.SHAPE)
+    model = fill(strip(graph, tensors), tensors)
+    rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == len(layers(network))
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("DequantizeLinear") == 2 * len(rounded)  # of inputs and of weights
+    assert kinds.count("Clip") >= len(rounded) * (bits < 8)
+    for node in rounded:
+        model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    outputs, *found = session.run(None, {"images": IMAGES.numpy()})
+    expected = []
+    for module in network.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.register_forward_hook(
+                lambda its, _, rounded: expected.append(rounded / its.scale + its.zero_point)
+            )
+    with torch.no_grad():
+        network(IMAGES)
+    wrong = total = 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == np.uint8
+        assert one.max() < 2**bits
+        off = np.abs(one - other.round().numpy())
+        # sums in another order may end on the other side of a half, and so on downstream
+        assert off.max() <= 2
+        wrong, total = wrong + int(off.sum()), total + off.size
+    assert (found[0] == expected[0].round().numpy()).all()
+    assert wrong <= 1e-2 * total
+    assert np.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_the_runtime_computes_what_a_network_that_reads_integers_does(name, fine):
+    network = rounding_inputs(name, 8)
+    with torch.no_grad():
+        expected = network(IMAGES)
+    error = (decoded_outputs(network) - expected).abs() / expected.std(dim=0)
+    # it rounds biases to products of scales, and so a few activations the other way
+    assert error.median() < 1e-3
+    assert error.mean() < 0.02
+
+
+def test_integers_of_more_than_eight_bits_behind_rounded_inputs_are_refused():
+    with pytest.raises(ModelError, match="integers of 8 bits"):
+        to_graph(rounding_inputs("residual", 8, coarse=200), networks.SHAPE)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from filterpress.activations import Activated
 from filterpress.codec import QuantizedTensor, quantize, snap
 from filterpress.errors import ModelError
 from filterpress.forms import LinearKernels
@@ -52,6 +53,7 @@ DEFAULT_LEVELS = 127  # of a weight that no stage has quantised: 8 bits a row
 BIAS_LEVELS = 64  # steps in a typical bias; its error is then far below that of the weights
 CONSTANT_LEVELS = 2**15 - 1  # of other constants
 TEMPLATE_STEP = 2.0**-6  # of templates of unit norm; its error is far below what they leave
+INT8 = 127  # largest integer of a weight behind rounded inputs
 
 
 class Weight(NamedTuple):
@@ -109,6 +111,8 @@ def to_graph(
     tensors |= templates
     parts: dict[str, tuple[str, ...]] = {name: (name,) for name in weights}
     _fold_norms(graph, weights, parts | made, values)
+    behind = {f"{n}.layer.weight" for n, m in model.named_modules() if isinstance(m, Activated)}
+    tensors |= _dequantize(graph, {n: w for n, w in weights.items() if n in behind}, values)
     used = _read(graph)
     for name in [name for name in values if name in used and name not in tensors]:
         if name in weights:
@@ -279,6 +283,29 @@ def _insert(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
 def _read(graph: onnx.ModelProto) -> set[str]:
     """Return the names of the values that nodes read."""
     return {name for node in graph.graph.node for name in node.input}
+
+
+def _dequantize(
+    graph: onnx.ModelProto, weights: dict[str, Weight], values: dict[str, NDArray[np.generic]]
+) -> dict[str, QuantizedTensor]:
+    """Let nodes multiply integers with their steps; return the tensors of both.
+
+    ONNX Runtime would round floating-point weights between integers to one step a layer.
+    """
+    tensors = {}
+    for name in [name for name in weights if name in _read(graph)]:
+        integers, steps = weights[name]
+        if np.abs(integers).max() > INT8:
+            raise ModelError(f"{name} must have integers of 8 bits behind rounded inputs")
+        scale, narrow, made = (f"{name}:{part}" for part in ("steps", "integers", "made"))
+        _redirect(graph, name, made)
+        cast = onnx.helper.make_node("Cast", [name], [narrow], to=onnx.TensorProto.INT8)
+        product = onnx.helper.make_node("DequantizeLinear", [narrow, scale], [made], axis=0)
+        _insert(graph, [cast, product])
+        tensors[name] = QuantizedTensor(integers, snap(1.0))
+        tensors[scale] = QuantizedTensor(np.ones(len(steps), np.int32), snap(steps))
+        values |= {name: integers.astype(np.float32), scale: steps.astype(np.float32)}
+    return tensors
 
 
 def _fold_norms(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress import codec, package
+from filterpress.activations import Activated
 from filterpress.codec.graph import to_onnx
 from filterpress.processes import best_device
 from filterpress.progress import progress
@@ -140,7 +141,7 @@ def layer_rows(encoded: bytes, network: nn.Module) -> list[Json]:
         name, _, part = tensor.rpartition(".")
         name = name if part in PARTS else tensor
         owner = name.rpartition(".")[0]
-        layer = owner if isinstance(modules.get(owner), Chain) else name
+        layer = owner if isinstance(modules.get(owner), Activated | Chain) else name
         if stored[tensor].integers.ndim > 1:
             weights.setdefault(layer, []).append(stored[tensor].integers)
     return [_layer_row(layer, modules.get(layer), *parts) for layer, parts in weights.items()]

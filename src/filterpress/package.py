@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from filterpress import codec, models
+from filterpress.activations import Activated, ActivationQuantizer
 from filterpress.codec.graph import strip
 from filterpress.errors import PackageError
 from filterpress.export import to_graph
@@ -199,6 +200,15 @@ def describe(module: nn.Module) -> Json:
     match module:
         case Chain():
             return {"kind": "chain", "parts": [describe(part) for part in module]}
+        case Activated():
+            return {"kind": "activated", "parts": [describe(part) for part in module]}
+        case ActivationQuantizer():
+            return {
+                "kind": "quantizer",
+                "scale": module.scale,
+                "zero_point": module.zero_point,
+                "bits": module.bits,
+            }
         case ChannelOrder():
             return {"kind": "order", "channels": len(module.index)}
         case nn.Conv2d():
@@ -251,6 +261,10 @@ def construct(layer: Json) -> nn.Module:
     match layer.get("kind"):
         case "chain":
             return Chain(*(construct(part) for part in layer["parts"]))
+        case "activated":
+            return Activated(*(construct(part) for part in layer["parts"]))
+        case "quantizer":
+            return ActivationQuantizer(layer["scale"], layer["zero_point"], layer["bits"])
         case "order":
             return ChannelOrder(torch.arange(layer["channels"]))
         case "conv":

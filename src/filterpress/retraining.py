@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress.checkpoints import Checkpoint
+from filterpress.fitting import Goal
 from filterpress.processes import best_device, is_main
 from filterpress.progress import progress
 from filterpress.representations import (
@@ -28,6 +29,7 @@ from filterpress.tasks import Task, calibration
 from filterpress.training import FitConfig, FitResult, Progress, fit, predictor, steps_per_epoch
 
 COARSER = 1.03  # steps grow by this until the file fits again
+ATTEMPTS = 20  # times they grow at most
 IMAGES = 1024  # on which batch-norm is then measured again
 
 
@@ -93,22 +95,13 @@ def retrain_quantized(
         stop=lambda score: score >= goal,
         checkpoint=checkpoint,
     )
-    score, coarser = result.validation_score, 0
-    n_bytes = size(student)
-    if n_bytes > max_bytes:
-        images = calibration(task, IMAGES, seed)
-        note_offsets_(student, images)
-    while n_bytes > max_bytes and coarser < 20:
-        for module in student.modules():
-            coarsen_(module, torch.tensor(COARSER))
-        recalibrate_(student, images)
-        coarser += 1
-        n_bytes = size(student)
+    score = result.validation_score
+    coarser = fit_steps_(student, calibration(task, IMAGES, seed), Goal(max_bytes, size))
     if coarser:
         device = best_device()
         score = task.score(predictor(student.to(device), device), "validation")
         student.cpu()
-    improved = score >= reached and n_bytes <= max_bytes
+    improved = score >= reached and size(student) <= max_bytes
     if not improved:
         student = copy.deepcopy(network)
     return student, {
@@ -166,6 +159,27 @@ def fine_tune_(
             penalty=penalty,
             checkpoint=checkpoint,
         )
+
+
+def fit_steps_(network: nn.Module, images: Tensor, goal: Goal) -> int:
+    """Let the steps of a quantised network grow until its file fits.
+
+    Args:
+        network: The network, changed in place.
+        images: ``(N, C, H, W)`` calibration images, on which batch-norm is measured again.
+        goal: What its file shall meet.
+
+    Returns:
+        How often they grew; 0 where the file fitted, and at most `ATTEMPTS`.
+    """
+    for grown in range(ATTEMPTS):
+        if goal.size(network) <= goal.max_bytes:
+            return grown
+        note_offsets_(network, images)
+        for module in network.modules():
+            coarsen_(module, torch.tensor(COARSER))
+        recalibrate_(network, images)
+    return ATTEMPTS
 
 
 def paces(network: nn.Module) -> dict[str, float]:

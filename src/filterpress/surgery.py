@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from filterpress.activations import Activated
 from filterpress.errors import ModelError
 from filterpress.representations import Chain, ChannelOrder, Layer, without_quantization
 
@@ -71,8 +72,9 @@ def is_depthwise(layer: nn.Module) -> bool:
 def plain(model: nn.Module) -> nn.Module:
     """Copy a network with every layer in its plain form.
 
-    Quantised layers get their floating-point weights back and chains of layers become one layer
-    again, so that every method sees ordinary layers whatever was done before.
+    Quantised layers get their floating-point weights back, their inputs are no longer rounded, and
+    chains of layers become one layer again, so that every method sees ordinary layers whatever was
+    done before.
 
     Args:
         model: Any network.
@@ -90,6 +92,8 @@ def plain(model: nn.Module) -> nn.Module:
     for name, module in list(result.named_modules()):
         if isinstance(module, Chain):
             result.set_submodule(name, merged(module))
+        elif isinstance(module, Activated):
+            result.set_submodule(name, module.get_submodule("layer"))
     return result
 
 

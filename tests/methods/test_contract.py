@@ -48,7 +48,11 @@ QUICK = {"epochs": 1, "batch_size": 64, "precision": "float32"}  # for methods t
 # networks in which a method finds nothing, whatever its settings
 BARREN = {("prune", "blocks"): {"grouped", "concatenating", "flattening"}}
 # overrides with which a method finds nothing to gain in networks without duplicates
-IDLE = {("prune", "similarity"): {"threshold": 1.0}, ("reduce", "quantize"): {"bits": 8}}
+IDLE = {
+    ("prune", "similarity"): {"threshold": 1.0},
+    ("reduce", "quantize"): {"bits": 8},
+    ("reduce", "joint"): {"bits": 8, "act_bits": 0, "lr": 1e-6},
+}
 
 every_row = pytest.mark.parametrize(("stage", "method"), ROWS, ids=str)
 every_method = pytest.mark.parametrize(

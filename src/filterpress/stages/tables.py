@@ -44,6 +44,7 @@ def reducers() -> Table:
     from filterpress.methods.convert_layers import ConversionConfig, convert_layers
     from filterpress.methods.factor_layers import FactorConfig, factor_layers
     from filterpress.methods.project_channels import ProjectionConfig, project_channels
+    from filterpress.methods.quantize_jointly import JointConfig, quantize_jointly
     from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 
     return {
@@ -51,6 +52,7 @@ def reducers() -> Table:
         "quantize": (quantize_weights, QuantizationConfig),
         "factor": (factor_layers, FactorConfig),
         "convert": (convert_layers, ConversionConfig),
+        "joint": (quantize_jointly, JointConfig),
     }
 
 
