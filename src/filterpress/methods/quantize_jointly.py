@@ -5,12 +5,13 @@ a threshold (see `soft_levels`); weights, thresholds, steps and the scales of ac
 one cost: the loss against the network that was given, plus the expected bits of the file at a
 price that follows the budget.
 
-A weight costs what its integer takes entropy-coded, as after `quantize`; each layer adds some 45
+A weight costs what its integer takes entropy-coded, as after ``quantize``; each layer adds some 45
 bytes of graph, which small networks feel. Multiply-accumulates stay; with 8-bit activations those
 between two layers without a sum are of integers. Does not help speed in ONNX Runtime on a CPU where
 sums of feature maps keep every other layer in floating point: ResNet-20 took 1.8 times as long as
-without. Training takes about three times an ordinary one. In short trainings (64 steps of ResNet-20) it made
-the rounded network that it begins with no better; ``project`` and ``retrain`` are the safer choice.
+without. Training takes about three times an ordinary one. In short trainings (64 steps of
+ResNet-20) it made the rounded network that it begins with no better; ``project`` and ``retrain``
+are the safer choice.
 
 Reference:
     Wang et al., "Differentiable Joint Pruning and Quantization for Hardware Efficiency", ECCV 2020,
