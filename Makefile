@@ -2,6 +2,9 @@
 PYTHON ?= python3
 ARGS ?=
 PRESET ?= patent-loop
+# what every preset reaches in the demo, and what the default one does
+SIZE ?= $(if $(filter patent-loop,$(PRESET)),30x,15x)
+FLOOR ?= $(if $(filter patent-loop,$(PRESET)),-0.5pp,-1pp)
 DATA ?= data
 ENGINE ?= docker
 IMAGE ?= filterpress-python:0.1.0
@@ -11,14 +14,14 @@ STAMP := .venv/installed
 BENCH := .venv/installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint format manifests bench image clean
+.PHONY: help demo install test lint format manifests bench bench-presets image clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(STAMP) ## train a small network, compress it, release it, run it on a vehicle: runs/demo
-	$(BIN)/python pipeline.py run --out runs/demo --max-size 30x --min-accuracy -0.5pp \
-		--preset $(PRESET) $(ARGS)
+demo: $(STAMP) ## train a small network, compress it by a PRESET, release it, run it on a vehicle
+	$(BIN)/python pipeline.py run --out runs/demo --preset $(PRESET) \
+		--max-size $(SIZE) --min-accuracy $(FLOOR) $(ARGS)
 	test -d $(VEHICLE) || $(BIN)/filterpress-device init $(VEHICLE) --store runs/demo/release \
 		--root runs/demo/keys/root.json --development
 	$(BIN)/filterpress-device update $(VEHICLE)
@@ -41,6 +44,9 @@ format: $(STAMP) ## rewrite the code in the project's style
 
 manifests: $(STAMP) ## compile the pipeline, write its Kubernetes resources: manifests/
 	$(BIN)/python pipeline.py manifests
+
+bench-presets: $(BENCH) ## compare the presets, in days of two cores, a point at a time; DATA as for bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/presets.py --data-dir $(DATA) $(ARGS)
 
 bench: $(BENCH) ## reproduce the results of README.md, in hours; DATA=folder of Fashion-MNIST
 	$(BIN)/python benchmarks/networks.py --data-dir $(DATA) $(ARGS)

@@ -25,7 +25,7 @@ from tests.in_two import under_torchrun
 from tests.tiny import FILES
 
 TASK = {"task": "tests.tiny:task"}
-TIGHT = {"max_size": "970"}
+TIGHT = {"max_size": "900"}
 NONE = '{"method": "none"}'
 RETRAIN = json.dumps({"epochs": 8, "lr": 0.02, "batch_size": 64, "precision": "float32"})
 COMMON_NUMBERS = {
@@ -75,7 +75,7 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def publish(made, keys, tmp_path):
     def publish(model="good", out="receipt", **thresholds):
-        wanted = {"max_size": "970", "min_accuracy": "0.973"} | thresholds
+        wanted = {"max_size": "900", "min_accuracy": "0.973"} | thresholds
         store, given = str(tmp_path / "store"), {**TASK, **wanted, "keys": str(keys)}
         model = made / model if isinstance(model, str) else model
         return stages.publish(model, tmp_path / out, store=store, **given)
@@ -216,10 +216,10 @@ def test_an_evaluation_decides_by_both_thresholds_and_what_is_left_to_try(
 
 def test_a_network_that_is_too_big_says_so_and_comes_as_small_as_it_got(made, tmp_path):
     report = stages.reduce(
-        made / "prune", tmp_path / "out", max_size="970", config='{"max_shrink": 2}', **TASK
+        made / "prune", tmp_path / "out", max_size="900", config='{"max_shrink": 2}', **TASK
     )
     assert report["state"] == "too-big"
-    assert 970 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
+    assert 900 < report["n_bytes"] < 0.6 * report_of(made / "prune")["n_bytes"]
 
 
 def test_a_network_fits_to_the_byte_and_is_encoded_once_for_it(made, tmp_path, monkeypatch):
@@ -408,12 +408,12 @@ def test_publication_refuses_a_package_that_was_not_evaluated(publish, tmp_path)
 
 
 def test_giving_up_raises_the_numbers(made):
-    with pytest.raises(BudgetError, match=r"\d+ bytes of 970 allowed, .* of 0.9730 needed"):
-        stages.give_up(made / "evaluate", max_size="970", min_accuracy="0.973")
+    with pytest.raises(BudgetError, match=r"\d+ bytes of 900 allowed, .* of 0.9730 needed"):
+        stages.give_up(made / "evaluate", max_size="900", min_accuracy="0.973")
 
 
 def test_giving_up_on_what_is_good_enough_does_not_raise(made):
-    report = stages.give_up(made / "good", max_size="970", min_accuracy="0.973")
+    report = stages.give_up(made / "good", max_size="900", min_accuracy="0.973")
     assert report["decision"] == "publish"
 
 
@@ -628,7 +628,7 @@ def test_the_first_process_decides_when_to_stop(in_two, made, tmp_path):
         "--task",
         "tests.test_stages:Flattering",
         "--max-size",
-        "970",
+        "900",
         "--min-accuracy",
         "0.973",
     )

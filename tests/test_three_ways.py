@@ -13,11 +13,24 @@ from filterpress.loop import compress
 from tests import tiny
 
 pytestmark = pytest.mark.slow
-SETTINGS = tiny.RUNS["retrained"]
+FIT = json.dumps({"epochs": 2, "batch_size": 64, "precision": "float32"})
+CASES = {
+    "default": (tiny.RUNS["retrained"], tiny.PATHS["retrained"][0]),
+    # its prune trains
+    "learned-threshold": (
+        {
+            **tiny.RUNS["at once"],
+            "max_size": "6x",
+            "preset": "learned-threshold",
+            "prune_config": FIT,
+        },
+        tiny.PATHS["at once"][0],
+    ),
+}
 
 
-def from_outside(start, out):
-    given = [*tiny.flags(SETTINGS), "--out", str(out), "--json"]
+def from_outside(start, settings, out):
+    given = [*tiny.flags(settings), "--out", str(out), "--json"]
     ended = subprocess.run(
         [sys.executable, *start, *given],
         capture_output=True,
@@ -30,13 +43,16 @@ def from_outside(start, out):
     return json.loads(ended.stdout)
 
 
-def test_library_command_line_and_pipeline_make_the_same_packages(tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_library_command_line_and_pipeline_make_the_same_packages(case, tmp_path):
+    settings, path = CASES[case]
     with tiny.one_thread():
-        library = compress(tmp_path / "library", **SETTINGS)
-    line = from_outside(["-m", "filterpress", "compress"], tmp_path / "line")
-    pipeline = from_outside([str(tiny.ROOT / "pipeline.py"), "run"], tmp_path / "pipeline")
+        library = compress(tmp_path / "library", **settings)
+    line = from_outside(["-m", "filterpress", "compress"], settings, tmp_path / "line")
+    start = [str(tiny.ROOT / "pipeline.py"), "run"]
+    pipeline = from_outside(start, settings, tmp_path / "pipeline")
     expected = tiny.packages(tmp_path / "library")
-    assert len(expected) == len(tiny.PATHS["retrained"][0])
+    assert len(expected) == len(path)
     assert all(set(content) >= set(tiny.FILES[:3]) for content in expected.values())
     assert tiny.packages(tmp_path / "line") == expected
     assert tiny.packages(tmp_path / "pipeline") == expected

@@ -70,6 +70,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             cluster=OFF,
             reduce=STEPS,
         ),
+        "joint": Preset(
+            "One training prunes and quantises weights, and quantises activations.",
+            prune=OFF,
+            cluster=OFF,
+            reduce={"method": "joint"},
+        ),
         "mac-budget": Preset(
             "Layers lose weights by their multiply-accumulates; steps.",
             prune={"method": "macs"},
