@@ -17,7 +17,7 @@ BENCH := .venv/installed-bench
 .PHONY: help demo install test lint format manifests bench bench-presets image clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP) ## train a small network, compress it by a PRESET, release it, run it on a vehicle
 	$(BIN)/python pipeline.py run --out runs/demo --preset $(PRESET) \
