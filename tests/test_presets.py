@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,12 @@ def test_a_preset_is_told_by_what_it_does_in_each_stage():
     assert all(list(row) == ["summary", *TABLES] for row in rows.values())
     assert rows["post-training"]["prune"] == "none"
     assert rows[DEFAULT]["prune"] == "default"
+
+
+def test_the_readme_lists_every_preset_with_its_methods():
+    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    for name in PRESETS:
+        (row,) = [line for line in lines if line.startswith(f"| `{name}`")]
+        for stage, cell in zip(("prune", "cluster", "reduce"), row.split("|")[2:5], strict=True):
+            method = chosen(stage, name, "{}").name
+            assert (f"`{method}`" in cell) == (method != "none"), (name, stage)

@@ -82,6 +82,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             cluster=OFF,
             reduce=STEPS,
         ),
+        "best": Preset(
+            "The default, with 1-D, separable and Tucker layers beside its projections.",
+            reduce={"method": "project", "kinds": "tucker,spatial,separable"},
+        ),
     }
 )
 
