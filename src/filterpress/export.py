@@ -316,11 +316,7 @@ def _fold_norms(
 ) -> None:
     """Fold batch-norm into the convolution before it, or reduce it to a factor and an offset.
 
-    Args:
-        graph: Changed in place.
-        weights: Whose steps take factors.
-        parts: For each value that a convolution may read, the weights it is the sum of.
-        values: Initialisers.
+    ``parts`` says of each value that a convolution may read which weights it is the sum of.
     """
     makers = {output: node for node in graph.graph.node for output in node.output}
     readers: dict[str, int] = {}
