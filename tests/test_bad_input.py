@@ -97,6 +97,14 @@ UNKNOWN = [
     (["compress", "--reduce-config", '{"method": "magic"}'], ["reduce_config: method", "'magic'"]),
     (["compress", "--retrain-config", '{"epoch": 1}'], ["retrain_config: ", "'epoch'"]),
     (["compress", "--preset", "fast"], ["preset must be one of", "'patent-loop'", "got 'fast'"]),
+    (
+        ["compress", "--preset", "saliency-birch", "--max-size", "smallest"],
+        ["max_size must be a size where", "got 'smallest'", "another method for prune_config"],
+    ),
+    (
+        ["compress", "--preset", "joint", "--reduce-config", '{"act_bits": 1}'],
+        ["reduce_config: act_bits must be in 2..8, or 0 for none, got 1"],
+    ),
     (["compress", "--model", "vgg"], ["small, resnet20", "'vgg'"]),
     (["compress", "--data", "mnist"], ["digits, fashion-mnist", "'mnist'"]),
 ]

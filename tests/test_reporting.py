@@ -253,6 +253,22 @@ def test_a_layer_says_the_kind_of_chain_that_the_last_reduction_made_of_it():
     assert told["blocks.0.conv2"] == CHANGES["blocks.0.conv2"]
 
 
+def test_a_layer_says_what_is_left_of_it_and_what_its_weights_are_made_of():
+    pruned = stage("prune", 9_000, None, layers=[{"name": "stem", "pruned": 0.25}])
+    shared = [
+        {"name": "stem", "clusters": 12.0},
+        {"name": "blocks.1.conv2", "templates": 64.0},
+        {"name": "head", "clusters": 0.0, "templates": 0.0},
+    ]
+    history = [pruned, stage("cluster", 8_000, None, layers=shared), stage("reduce", 8_000, None)]
+    told = layer_changes([*history, HISTORY[-1]])
+    assert told["stem"] == "25 % pruned, sharing 12 values"
+    assert told["blocks.1.conv2"].endswith("multiples of 64 templates")
+    assert told["head"] == ""
+    plain = stage("reduce", 7_000, None, layers=[{"name": "stem", "bits": 4.0}])
+    assert layer_changes([*history, plain, HISTORY[-1]])["stem"] == "25 % pruned, rounded to 4 bits"
+
+
 def test_layers_are_told_as_planned_until_they_are_measured():
     told = layer_changes(HISTORY[:4])
     assert told["blocks.0.conv1"] == "1 filter removed, 2 filters merged, projected to rank 7"
@@ -331,6 +347,10 @@ def test_a_stage_says_what_it_did_to_the_network_also_where_that_was_nothing():
     assert "<td>1 filter merged</td>" in page
     assert "<td>2 blocks dropped</td>" in page
     assert "<td>2,000 layers projected</td>" in page
+    story = [stage("prune", 7, None, pruned=0.634), stage("cluster", 7, None, shared=3.0)]
+    page = reporting.render({"history": story})
+    assert "<td>63.4 % of the weights pruned</td>" in page
+    assert "<td>3 layers shared</td>" in page
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,11 @@ from filterpress import page
 from filterpress.page import Report
 
 _FATES = ("removed", "merged")  # of filters
+_TOLD = {  # of a layer, by what its number is called: what was done, and of what that many
+    "templates": ("multiples of", "template"),
+    "clusters": ("sharing", "value"),
+    "bits": ("rounded to", "bit"),
+}
 _NOTE = (
     "Error: how far the last reduce expected the layer by itself to move the outputs of the "
     "network, as a divergence in nats; a retrain wins part of it back."
@@ -38,13 +43,14 @@ def section(history: Sequence[Report]) -> str:
     layers = _known(history)
     if not layers:
         return ""
-    cut, rounded = _filters_cut(history), _last_reduced(history)
+    cut, rounded = _filters_cut(history), _last_of(history, "cluster", "reduce")
+    pruned = _last_of(history, "prune")
     rows = [
         _Row(
             layer,
             page.number(layer, "n_bytes"),
             page.number(rounded.get(name, {}), "distortion"),
-            _changes(layer, cut, rounded.get(name, {})),
+            _changes(layer, cut, pruned.get(name, {}), rounded.get(name, {})),
         )
         for name, layer in layers.items()
     ]
@@ -83,20 +89,25 @@ def _filters_cut(history: Sequence[Report]) -> Counter[tuple[str, str]]:
     return cut
 
 
-def _last_reduced(history: Sequence[Report]) -> dict[str, Report]:
-    """Return the layers by name as the last ``reduce`` left them."""
-    reduced = [entry for entry in history if entry.get("stage") == "reduce"]
-    layers = _layers(reduced[-1]) if reduced else []
+def _last_of(history: Sequence[Report], *stages: str) -> dict[str, Report]:
+    """Return the layers by name as the last of some stages left them, that changed any."""
+    made = [entry for entry in history if entry.get("stage") in stages and _layers(entry)]
+    layers = _layers(made[-1]) if made else []
     return {page.text(layer.get("name")): layer for layer in layers}
 
 
-def _changes(layer: Report, cut: Mapping[tuple[str, str], int], reduced: Report) -> str:
+def _changes(
+    layer: Report, cut: Mapping[tuple[str, str], int], pruned: Report, reduced: Report
+) -> str:
     name = page.text(layer.get("name"))
     changes = [
         f"{lost:,} filter{'' if lost == 1 else 's'} {fate}"
         for fate in _FATES
         if (lost := cut[name, fate]) > 0
     ]
+    for entry in (pruned, reduced):
+        if share := page.fraction(entry, "pruned"):
+            changes.append(f"{100 * share:.3g} % pruned")
     rank, groups = page.positive(layer, "rank"), page.positive(layer, "groups")
     kind, its_rank = page.text(reduced.get("kind")), page.positive(reduced, "rank")
     if kind and its_rank is not None:
@@ -104,9 +115,9 @@ def _changes(layer: Report, cut: Mapping[tuple[str, str], int], reduced: Report)
     elif rank is not None:
         parts = "" if groups is None or groups == 1 else f" in {groups:.0f} groups"
         changes.append(f"projected to rank {rank:.0f}{parts}")
-    bits = page.positive(reduced, "bits")
-    if bits is not None:
-        changes.append(f"rounded to {bits:.0f} bit{'' if bits == 1 else 's'}")
+    for key, (done, noun) in _TOLD.items():
+        if (number := page.positive(reduced, key)) is not None:
+            changes.append(f"{done} {number:.0f} {noun}{'' if number == 1 else 's'}")
     return ", ".join(changes)
 
 

@@ -21,7 +21,16 @@ from filterpress.page import Report
 
 _COLUMNS = ("n_bytes", "ratio", "validation_accuracy", "accuracy", "n_parameters", "macs")
 _SHOWN_ELSEWHERE = {"stage", "round", "decision", "state", *_COLUMNS}
-_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion", "removed", "merged", "dropped", "projected"}
+_SHOWN_ELSEWHERE |= {"layers", "tries", "confusion", "pruned"}
+_NOUNS = {  # what a count is of, by what was done to it
+    "removed": "filter",
+    "merged": "filter",
+    "dropped": "block",
+    "shared": "layer",
+    "projected": "layer",
+    "cut": "layer",
+}
+_SHOWN_ELSEWHERE |= _NOUNS.keys()
 _THRESHOLDS = ("max_bytes", "min_accuracy")
 _OUTCOMES = {
     "publish": "Both thresholds hold",
@@ -380,12 +389,14 @@ def _outcome(entry: Report) -> str:
 
 def _changed(entry: Report) -> str:
     """Say what a stage did to the network as a whole, also where that was nothing."""
-    nouns = {"removed": "filter", "merged": "filter", "dropped": "block", "projected": "layer"}
-    return ", ".join(
+    done = [
         f"{count:,.0f} {noun}{'' if count == 1 else 's'} {did}"
-        for did, noun in nouns.items()
+        for did, noun in _NOUNS.items()
         if (count := page.number(entry, did)) is not None
-    )
+    ]
+    if (pruned := page.number(entry, "pruned")) is not None:
+        done.append(f"{100 * pruned:.3g} % of the weights pruned")
+    return ", ".join(done)
 
 
 def _more(entry: Report) -> str:

@@ -169,14 +169,12 @@ def prune_in_turns(
     after = weights_left(network)
     notes: dict[str, float | str] = {
         "rate": rate,
-        "pruned": float(sum(before.values()) - sum(after.values())),
+        "pruned": 1 - sum(after.values()) / sum(before.values()),
         "channels": float(channels),
         "trained_validation_accuracy": result.validation_score,
     }
     changed = {
-        name: {"pruned": float(n - after[name]), "kept": float(after[name])}
-        for name, n in before.items()
-        if n > after[name]
+        name: {"pruned": 1 - after[name] / n} for name, n in before.items() if n > after[name]
     }
     return Pruned(network, notes, changed)
 

@@ -137,7 +137,7 @@ def test_learning_moves_thresholds_to_the_survivors_that_the_budget_leaves(outco
     assert outcome.notes["factor"] == pytest.approx(1.0, abs=0.15)
     share = 1 - outcome.notes["pruned"]
     counts = {n: layer.weight.numel() for n, layer in layers(outcome.model).items()}
-    told = sum(counts[n] * entry["kept"] for n, entry in outcome.layers.items())
+    told = sum(counts[n] * (1 - entry["pruned"]) for n, entry in outcome.layers.items())
     assert share == pytest.approx(told / sum(counts.values()))
 
 
@@ -151,7 +151,7 @@ def test_as_many_weights_survive_as_the_budget_leaves_and_retraining_fills_none(
     assert 0.1 < wanted < 0.9
     assert left == pytest.approx(wanted * n_weights, abs=2)
     for name, layer in layers(outcome.model).items():
-        kept = outcome.layers[name]["kept"]
+        kept = 1 - outcome.layers[name]["pruned"]
         assert int(layer.weight.count_nonzero()) == round(kept * layer.weight.numel())
 
 

@@ -198,6 +198,7 @@ def test_chains_stand_beside_projections_where_they_are_named():
     taken = {entry["kind"] for entry in beside.layers.values() if "kind" in entry}
     assert taken
     assert taken <= {"cp", "separable"}
+    assert beside.notes["cut"] == sum("kind" in entry for entry in beside.layers.values())
     assert not any("kind" in entry for entry in alone.layers.values())
 
 

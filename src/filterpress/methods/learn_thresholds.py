@@ -170,7 +170,7 @@ def learn_thresholds(
         The network, as many of its weights zero as the budget asks for; the share ``pruned``; the
         ``factor`` by which all thresholds moved in the end, near 1 where learning did the work; and
         the ``validation_accuracy``. Of each layer its ``threshold``, in ``deviations`` too, its
-        sharpness and the share of its weights ``kept``.
+        sharpness and the share of its weights ``pruned``.
     """
     teacher = statistics.plain_for(model, calibration(task, IMAGES, seed))
     share = share_for(teacher, goal)
@@ -203,7 +203,7 @@ def _told(form: Thresholded, kept: Tensor) -> dict[str, float]:
         "threshold": alpha,
         "deviations": alpha / form.deviation,
         "sharpness": alpha * beta,
-        "kept": float(kept.float().mean()),
+        "pruned": 1 - float(kept.float().mean()),
     }
 
 

@@ -102,9 +102,10 @@ def project_channels(
         seed: Seed of the statistics.
 
     Returns:
-        The network with quantised, partly projected layers; the number of layers ``projected`` and
-        of those whose projection was ``folded`` into others, the ``distortion`` and the bytes
-        predicted, and ``theta``. Where no allocation meets the budget, the smallest.
+        The network with quantised, partly projected layers; the number of layers ``projected``, of
+        those whose projection was ``folded`` into others, and of those ``cut`` into chains, the
+        ``distortion`` and the bytes predicted, and ``theta``. Where no allocation meets the budget,
+        the smallest.
 
     Raises:
         ModelError: Every allocation found is one to avoid.
@@ -144,7 +145,8 @@ def _outcome(found: Attempt) -> Outcome:
     options = found.allocation.chosen.values()
     folded = sum(option.folded for option in options)
     projected = sum(option.rank > 0 for option in options) - folded
+    counts = {"projected": float(projected), "folded": float(folded)}
+    if cut := sum(option.plan is not None for option in options):
+        counts["cut"] = float(cut)
     notes, changed = told(found)
-    return Outcome(
-        found.model, {"projected": float(projected), "folded": float(folded), **notes}, changed
-    )
+    return Outcome(found.model, {**counts, **notes}, changed)

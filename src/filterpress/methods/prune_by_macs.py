@@ -160,7 +160,7 @@ def prune_by_macs(
     Returns:
         The network with zeros; the share ``pruned``, the share of ``macs`` of weights that are not
         zero, and the ``validation_accuracy``. Of each layer its ``threshold``, in ``deviations``
-        too, the share of its weights ``kept``, and ``macs`` of these.
+        too, the share of its weights ``pruned``, and ``macs`` of these.
     """
     teacher = statistics.plain_for(model, calibration(task, IMAGES, seed))
     macs = macs_by_layer(teacher, task.input_shape)
@@ -194,6 +194,6 @@ def _told(weight: Tensor, kept: Tensor, threshold: float, macs: int) -> dict[str
     return {
         "threshold": threshold,
         "deviations": threshold / deviation if deviation else 0.0,
-        "kept": share,
+        "pruned": 1 - share,
         "macs": share * macs,
     }
