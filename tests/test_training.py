@@ -297,10 +297,10 @@ def test_precision_is_chosen_by_the_machine_and_the_network_unless_it_is_given(m
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for native in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        assert training._in_bfloat16("auto", plain, cpu) == native
-        assert not training._in_bfloat16("auto", depthwise, cpu)
-        assert training._in_bfloat16("bfloat16", depthwise, cpu)
-        assert not training._in_bfloat16("float32", plain, cpu)
+        assert training.in_bfloat16("auto", plain, cpu) == native
+        assert not training.in_bfloat16("auto", depthwise, cpu)
+        assert training.in_bfloat16("bfloat16", depthwise, cpu)
+        assert not training.in_bfloat16("float32", plain, cpu)
 
 
 def test_adamw_learns_too(task):

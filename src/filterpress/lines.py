@@ -73,8 +73,8 @@ def k_lines(vectors: Tensor, k: int, *, seed: int = 0, weight: Tensor | None = N
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0, 0.0], [-2.0, 0.0, 0.0], [5.0, 5.0, 6.0]])
-        >>> k_lines(x, 2).abs().round(decimals=2).sort(dim=0).values[1].tolist()
-        [0.82, 0.41, 0.82]
+        >>> (100 * k_lines(x, 2).abs()).round().sort(dim=0).values[1].tolist()
+        [82.0, 41.0, 82.0]
     """
     generator = torch.Generator().manual_seed(seed)
     points = standardise(vectors)
