@@ -101,6 +101,17 @@ def _in_words(fields: Fields) -> str:
     return ", ".join(words) or "default"
 
 
+def find(name: str) -> Preset:
+    """Return a preset by its name.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
 def overlay(preset: str, stage: str, config: str) -> str:
     """Lay a user's configuration of a stage over that of a preset.
 
@@ -122,9 +133,7 @@ def overlay(preset: str, stage: str, config: str) -> str:
         >>> overlay("mac-budget", "reduce", '{"method": "quantize"}')
         '{"method": "quantize"}'
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
-    base: Fields = getattr(PRESETS[preset], stage)
+    base: Fields = getattr(find(preset), stage)
     own = settings.parse(config)
     if own.get("method", base.get("method")) != base.get("method"):
         return json.dumps(own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from filterpress import settings
-from filterpress.presets import DEFAULT, PRESETS, overlay
+from filterpress.presets import DEFAULT, find, overlay
 from filterpress.settings import Choice, Table
 
 
@@ -99,8 +99,7 @@ def check_configs(preset: str = DEFAULT, train_config: str = "{}", **configs: st
     """
     from filterpress.training import FitConfig
 
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    find(preset)  # before a stage is blamed for it
     try:
         settings.configure(FitConfig, settings.parse(train_config))
     except ValueError as error:
