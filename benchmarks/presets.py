@@ -6,9 +6,12 @@
 A network is trained once, as for `networks.py`. Each point is one call of ``filterpress compress
 --preset NAME`` with the trained weights, for one size and one seed; its time is that of the
 processor, which other work on the machine hardly changes. The floor is the accuracy of the trained
-network, so that hardly any stops early. Every preset may train for `EPOCHS` epochs in all: those
-that train while they prune or quantise have so many fewer to retrain with, and ``post-training``
-has none.
+network, so that hardly any stops early. Every preset may train for `EPOCHS` epochs of `EPOCH_STEPS`
+steps in all, which is one pass over the training images: those that train while they prune or
+quantise have so many fewer to retrain with, and ``post-training`` has none.
+
+Processors of another kind train other weights. A point is compared with the weights that it was
+made from, so points of several machines go together.
 
 Latency is that of the decoded file in onnxruntime on one thread, one image at a time, against the
 trained network's own in turns with it (see `latency.py`).
@@ -48,13 +51,14 @@ DRAWING = Path(__file__).parents[1] / "docs" / "presets.svg"
 SIZES = {"resnet-18": ("100x", "350x"), "resnet-20": ("10x", "20x")}
 SEEDS = (0, 1, 2)
 EPOCHS = 3
-EARLY = 2  # of these, of presets that train before the stage retrain
-TRAINING: dict[str, dict[str, Json]] = {  # how these spend them
-    "deep-compression": {"prune": {"steps": 2, "epochs": 1}},
-    "saliency-birch": {"prune": {"steps": 2, "epochs": 1}},
-    "learned-threshold": {"prune": {"learning_epochs": 1, "epochs": 1}},
-    "joint": {"reduce": {"epochs": 2}},
-    "mac-budget": {"prune": {"epochs": 2}},
+EPOCH_STEPS = 143
+EARLY = 2  # epochs, of presets that train before the stage retrain
+TRAINING: dict[str, tuple[str, Json]] = {  # the stage and how it spends them
+    "deep-compression": ("prune", {"steps": 2, "epochs": 1}),
+    "saliency-birch": ("prune", {"steps": 2, "epochs": 1}),
+    "learned-threshold": ("prune", {"learning_epochs": 1, "epochs": 1}),
+    "joint": ("reduce", {"epochs": 2}),
+    "mac-budget": ("prune", {"epochs": 2}),
 }
 KEPT = ("decision", "n_bytes", "ratio", "accuracy", "validation_accuracy", "macs", "sha256")
 
@@ -74,20 +78,19 @@ class Point(NamedTuple):
 
 def flags_of(preset: str) -> list[str]:
     """Share the epochs out among the stages that train."""
-    early = TRAINING.get(preset, {})
-    flags = [
-        text
-        for stage, fields in early.items()
-        for text in (f"--{stage}-config", json.dumps(fields))
-    ]
     if PRESETS[preset].retrain.get("method") == settings.NONE:
-        return [*flags, "--max-retrains", "0"]
-    left = {"epochs": EPOCHS - (EARLY if early else 0), "margin": 0.5}  # no early stop
-    return [*flags, "--max-retrains", "1", "--retrain-config", json.dumps(left)]
+        return ["--max-retrains", "0"]
+    left, flags = EPOCHS, ["--max-retrains", "1"]
+    if preset in TRAINING:
+        stage, fields = TRAINING[preset]
+        flags += [f"--{stage}-config", json.dumps(fields | {"epoch_steps": EPOCH_STEPS})]
+        left -= EARLY
+    retrain = {"epochs": left, "epoch_steps": EPOCH_STEPS, "margin": 0.5}  # no early stop
+    return [*flags, "--retrain-config", json.dumps(retrain)]
 
 
-def run(runs: networks.Runs, point: Point) -> Json:
-    """Compress the trained network, and measure the file."""
+def run(runs: networks.Runs, point: Point, weights: str) -> Json:
+    """Compress the trained network of some weights, and measure the file."""
     folder = runs.out / f"{point.preset}-{point.size}-{point.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its time is not known
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,7 +106,8 @@ def run(runs: networks.Runs, point: Point) -> Json:
     last = max(folder.glob("round-1/evaluate*"))
     ratio = latency_ratio(package.load(runs.out / "train"), (last / ENCODED).read_bytes())
     kept = {name: report[name] for name in KEPT}
-    made = {**point.key, **kept, "cpu_seconds": round(seconds), "latency_ratio": ratio}
+    cost = {"cpu_seconds": round(seconds), "latency_ratio": ratio}
+    made = {**point.key, **kept, **cost, "weights_sha256": weights}
     shutil.rmtree(folder)
     return made
 
@@ -120,27 +124,23 @@ def latency_ratio(trained: package.Package, encoded: bytes) -> float:
 def load(name: str) -> Json:
     """Read what is known of a network; nothing, if it was never run."""
     file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else {"baseline": {}, "points": []}
+    return json.loads(file.read_text()) if file.exists() else {"baselines": [], "points": []}
 
 
 def complete(name: str, runs: networks.Runs, wanted: list[Point]) -> None:
-    """Add the points that are missing to a network's results.
-
-    Raises:
-        ValueError: The results are of other trained weights.
-    """
+    """Add the points that are missing to a network's results."""
     result = load(name)
     there = [{k: point[k] for k in ("preset", "max_size", "seed")} for point in result["points"]]
     missing = [point for point in wanted if point.key not in there]
     if not missing:
         return
-    before, now = result["baseline"], runs.baseline()
-    if before and before["weights_sha256"] != now["weights_sha256"]:
-        raise ValueError(f"{name}.json must be of the weights in {runs.out}: remove one of them")
-    result["baseline"] = before or now
+    trained = runs.baseline()
+    weights = trained["weights_sha256"]
+    if weights not in {known["weights_sha256"] for known in result["baselines"]}:
+        result["baselines"].append(trained)
     for point in missing:
         print(name, *point, flush=True)
-        result["points"].append(run(runs, point))
+        result["points"].append(run(runs, point, weights))
         result["points"].sort(
             key=lambda p: (list(PRESETS).index(p["preset"]), p["ratio"], p["seed"])
         )
@@ -151,19 +151,22 @@ def complete(name: str, runs: networks.Runs, wanted: list[Point]) -> None:
 def rows(result: Json) -> Iterator[Json]:
     """Average the seeds of each preset and size."""
     points = result["points"]
+    trained = {known["weights_sha256"]: known for known in result["baselines"]}
     sizes = sorted({p["max_size"] for p in points}, key=lambda size: float(size.rstrip("x")))
     for size, preset in product(sizes, PRESETS):
         mine = [p for p in points if (p["max_size"], p["preset"]) == (size, preset)]
         if mine:
-            before = result["baseline"]["accuracy"]
-            lost = [100 * (p["accuracy"] - before) for p in mine]
+            lost, chosen = (
+                [100 * (p[kind] - trained[p["weights_sha256"]][kind]) for p in mine]
+                for kind in ("accuracy", "validation_accuracy")
+            )
             yield {
                 "size": size,
                 "preset": preset,
                 "seeds": len(mine),
                 "change": statistics.mean(lost),
                 "error": statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else None,
-                "validation": 100 * statistics.mean(p["validation_accuracy"] for p in mine),
+                "validation": statistics.mean(chosen),
                 "n_bytes": statistics.mean(p["n_bytes"] for p in mine),
                 "macs": statistics.mean(p["macs"] for p in mine),
                 "latency": statistics.mean(p["latency_ratio"] for p in mine),
@@ -179,6 +182,7 @@ def table(results: dict[str, Json]) -> str:
             error = "" if row["error"] is None else f" ± {row['error']:.2f}"
             lines.append(
                 f"| {title}, {row['size']} | `{row['preset']}` | {row['change']:+.2f}{error} "
+                f"| {row['validation']:+.2f} "
                 f"| {row['n_bytes']:,.0f} | {row['macs'] / 1e6:.1f} M | {row['latency']:.2f} "
                 f"| {row['minutes']:.0f} | {row['seeds']} |"
             )

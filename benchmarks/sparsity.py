@@ -196,7 +196,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     )
     config = ThresholdConfig(learning_epochs=given.learning_epochs, epochs=given.epochs)
     alike = MacsConfig(epochs=given.learning_epochs + given.epochs)  # as many steps in all
-    n_steps = given.learning_epochs * steps_per_epoch(task, config.batch_size)
+    n_steps = given.learning_epochs * steps_per_epoch(task, config)
     for name in given.ways or [f"{method}/{way}" for method in WAYS for way in WAYS[method]]:
         method, _, way = name.partition("/")
         for seed in range(given.seeds):

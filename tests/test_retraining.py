@@ -161,7 +161,7 @@ def test_a_retrain_that_was_killed_ends_with_the_same_network(
         steps = itertools.count(1)
 
         def advance(n):
-            if next(steps) == 2 * steps_per_epoch(task, CONFIG.batch_size) + 2:
+            if next(steps) == 2 * steps_per_epoch(task, CONFIG) + 2:
                 raise KeyboardInterrupt
 
         yield advance
@@ -176,7 +176,7 @@ def test_a_retrain_that_was_killed_ends_with_the_same_network(
     with shown_by(counting):
         result, report = ended(Checkpoint(scratch, "retrain", share=1.0))
     expected, wanted = ended()
-    n_steps = steps_per_epoch(task, CONFIG.batch_size)
+    n_steps = steps_per_epoch(task, CONFIG)
     assert trained == [2 * n_steps + 1] + [1] * (n_steps - 1)
     assert report == wanted
     assert report["best_epoch"] == 3

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,39 @@ def reference_step(network, images, targets, config, soft=None):
     return updated
 
 
+def test_an_epoch_ends_after_its_steps_and_the_next_one_is_on_other_images(task):
+    drawn = []
+
+    class Noted:
+        """The task, noting what it trains on."""
+
+        def __getattr__(self, name):
+            return getattr(task, name)
+
+        def batches(self, split, batch_size, **options):
+            for images, labels in task.batches(split, batch_size, **options):
+                if split == "train":
+                    drawn.append(images)
+                yield images, labels
+
+    told = []
+    config = replace(QUICK, epochs=3, epoch_steps=2)
+    result = fit(small_net(), Noted(), config, seed=0, progress=lambda *step: told.append(step[:3]))
+    assert told == [(epoch, step, 2) for epoch in range(3) for step in (1, 2)]
+    assert len(result.scores) == 3
+    assert len(drawn) == 6
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_an_epoch_is_a_pass_at_most(task):
+    ends = []
+    for epoch_steps in (0, 99):
+        network = small_net()
+        fit(network, task, replace(QUICK, epoch_steps=epoch_steps), seed=0)
+        ends.append(checksum(network))
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_step_is_the_one_written_down(task, with_teacher):
     # The whole set is one batch, so its order matters by rounding only.
@@ -330,6 +364,7 @@ def test_a_last_batch_of_one_image_does_not_stop_batch_normalisation():
     ("setting", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epoch_steps": -1}, "epoch_steps must be at least 0, got -1"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": float("nan")}, "lr must be positive, got nan"),

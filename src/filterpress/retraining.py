@@ -34,17 +34,23 @@ IMAGES = 1024  # on which batch-norm is then measured again
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainConfig(FitConfig):
-    """How to retrain: as `FitConfig`, with defaults for fine-tuning and early stopping.
+class FineTuneConfig(FitConfig):
+    """How to train a network that has been trained before: as `FitConfig`, but more gently."""
+
+    lr: float = 0.02
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig(FineTuneConfig):
+    """How to retrain: as `FineTuneConfig`, until the accuracy is reached.
 
     Attributes:
         margin: Accuracy above the floor, on the validation set, at which retraining stops early.
     """
 
     epochs: int = 8
-    lr: float = 0.02
-    warmup: float = 0.1
-    weight_decay: float = 0.0
     margin: float = 0.001
 
     def __post_init__(self) -> None:
@@ -286,7 +292,7 @@ def shown(description: str, task: Task, config: FitConfig) -> Iterator[Progress 
     if not is_main():
         yield None
         return
-    steps = config.epochs * steps_per_epoch(task, config.batch_size)
+    steps = config.epochs * steps_per_epoch(task, config)
     done = 0
 
     def show(epoch: int, step: int, n_steps: int, _: float) -> None:

@@ -37,7 +37,7 @@ from filterpress.grids import range_grid
 from filterpress.processes import best_device
 from filterpress.progress import progress
 from filterpress.representations import quantize_
-from filterpress.retraining import fine_tune_
+from filterpress.retraining import FineTuneConfig, fine_tune_
 from filterpress.sparsity import prune_
 from filterpress.surgery import cut_unread_, layers
 from filterpress.tasks import Task, calibration
@@ -51,8 +51,8 @@ HALVINGS = 7  # of the interval in which that rate is searched
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig(FitConfig):
-    """How pruning and retraining take turns; `FitConfig` is for each retrain.
+class PruningConfig(FineTuneConfig):
+    """How pruning and retraining take turns; `FineTuneConfig` is for each retrain.
 
     Attributes:
         rate: Share that is removed, in [0, 1); 0 for the least with which the file meets the budget
@@ -64,9 +64,6 @@ class PruningConfig(FitConfig):
     """
 
     epochs: int = 1
-    lr: float = 0.02
-    warmup: float = 0.1
-    weight_decay: float = 0.0
     rate: float = 0.0
     bits: int = 4
     steps: int = 3

@@ -23,7 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class FitConfig:
 
     Attributes:
         epochs: Passes over the training set.
+        epoch_steps: Steps after which an epoch ends, each on images of its own draw; 0 for a whole
+            pass, which an epoch never exceeds.
         lr: Highest learning rate. It rises linearly, then falls to zero along a cosine.
         warmup: Share of the steps in which it rises, in [0, 1).
         batch_size: Images in a step, of all processes together; at least two for each of them.
@@ -61,6 +63,7 @@ class FitConfig:
     """
 
     epochs: int = 20
+    epoch_steps: int = 0
     lr: float = 0.1
     warmup: float = 0.2
     batch_size: int = 128
@@ -73,7 +76,7 @@ class FitConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2)):
+        for name, least in (("epochs", 1), ("epoch_steps", 0), ("batch_size", 2)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "temperature"):
@@ -170,7 +173,7 @@ def fit(
             loss = _loss(task, config, outputs, targets, soft)
             return loss + penalty() if penalty else loss
 
-        n_steps = steps_per_epoch(task, config.batch_size)
+        n_steps = steps_per_epoch(task, config)
         generator = torch.Generator().manual_seed(seed)
         course = Course(model, _optimizer(model, config, paces or {}), generator)
         if checkpoint:
@@ -181,7 +184,7 @@ def fit(
             epoch = len(course.scores)
             model.train()
             batches = _shards(task, config.batch_size, course.generator, device)
-            steps = _descend(course.optimizer, rates, loss_of, batches)
+            steps = _descend(course.optimizer, rates, loss_of, islice(batches, n_steps))
             for step, loss in enumerate(steps, start=1):
                 if progress:
                     progress(epoch, step, n_steps, loss)
@@ -335,10 +338,11 @@ def _optimizer(
     return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
 
 
-def steps_per_epoch(task: Task, batch_size: int) -> int:
+def steps_per_epoch(task: Task, config: FitConfig) -> int:
     """Count the steps of one epoch; a last batch too small to train on is none."""
-    full, rest = divmod(task.size("train"), batch_size)
-    return full + (rest >= 2 * processes.world())
+    full, rest = divmod(task.size("train"), config.batch_size)
+    whole = full + (rest >= 2 * processes.world())
+    return min(whole, config.epoch_steps or whole)
 
 
 def _shards(

@@ -44,16 +44,15 @@ from filterpress import statistics
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
 from filterpress.representations import UNROUNDED, form_of, without_quantization
-from filterpress.retraining import IMAGES, fine_tune_
+from filterpress.retraining import IMAGES, FineTuneConfig, fine_tune_
 from filterpress.sparsity import prune_, reached, share_for, strongest, surviving
 from filterpress.surgery import layers
 from filterpress.tasks import Task, calibration
-from filterpress.training import FitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThresholdConfig(FitConfig):
-    """How `learn_thresholds` trains: as `FitConfig`, with defaults for fine-tuning.
+class ThresholdConfig(FineTuneConfig):
+    """How `learn_thresholds` trains: as `FineTuneConfig`.
 
     Attributes:
         epochs: Passes over the training set with zeros held, once the thresholds are learned.
@@ -67,9 +66,6 @@ class ThresholdConfig(FitConfig):
     """
 
     epochs: int = 2
-    lr: float = 0.02
-    warmup: float = 0.1
-    weight_decay: float = 0.0
     learning_epochs: int = 1
     start: float = 0.5
     sharpness: float = 20.0

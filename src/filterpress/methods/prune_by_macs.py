@@ -36,16 +36,15 @@ from filterpress import statistics
 from filterpress.fitting import Goal, meet
 from filterpress.methods import Outcome
 from filterpress.package import macs_by_layer
-from filterpress.retraining import IMAGES, fine_tune_
+from filterpress.retraining import IMAGES, FineTuneConfig, fine_tune_
 from filterpress.sparsity import prune_, share_for, surviving
 from filterpress.surgery import layers
 from filterpress.tasks import Task, calibration
-from filterpress.training import FitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MacsConfig(FitConfig):
-    """How `prune_by_macs` retrains: as `FitConfig`, with defaults for fine-tuning.
+class MacsConfig(FineTuneConfig):
+    """How `prune_by_macs` retrains: as `FineTuneConfig`.
 
     Attributes:
         macs: Share of the multiply-accumulates, of weights that are not zero, that may be left, in
@@ -53,9 +52,6 @@ class MacsConfig(FitConfig):
     """
 
     epochs: int = 3
-    lr: float = 0.02
-    warmup: float = 0.1
-    weight_decay: float = 0.0
     macs: float = 0.0
 
     def __post_init__(self) -> None:

@@ -48,13 +48,13 @@ from filterpress.representations import (
     step_of,
     without_quantization,
 )
-from filterpress.retraining import fine_tune_, fit_steps_
+from filterpress.retraining import FineTuneConfig, fine_tune_, fit_steps_
 from filterpress.rounding import quantize_at_, round_compensated
 from filterpress.soft_levels import WARM, SoftActivations, SoftWeight
 from filterpress.statistics import Moments
 from filterpress.surgery import layers, plain
 from filterpress.tasks import Task, calibration
-from filterpress.training import FitConfig, steps_per_epoch
+from filterpress.training import steps_per_epoch
 
 COLD = 0.05  # temperature in the end
 SIZES = 8  # times that the file is encoded while training, to learn what the estimate leaves out
@@ -63,8 +63,8 @@ MOST = 0.2  # of the excess or want of bits that counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(FitConfig):
-    """How `quantize_jointly` trains: as `FitConfig`, with defaults of its own.
+class JointConfig(FineTuneConfig):
+    """How `quantize_jointly` trains: as `FineTuneConfig`, with another optimizer.
 
     Attributes:
         images: Calibration images.
@@ -75,9 +75,7 @@ class JointConfig(FitConfig):
 
     epochs: int = 3
     lr: float = 0.002
-    warmup: float = 0.1
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    weight_decay: float = 0.0
     images: int = 1024
     bits: int = 7
     act_bits: int = 8
@@ -125,7 +123,7 @@ def quantize_jointly(
     if start.n_bytes > goal.max_bytes:
         return _outcome(start.model, notes)
     student = soften(start.model, config.bits)
-    n_steps = config.epochs * steps_per_epoch(task, config.batch_size)
+    n_steps = config.epochs * steps_per_epoch(task, config)
     cost = Cost(student, start.allocation.theta, n_steps, goal)
     teacher = copy.deepcopy(model)
     fine_tune_(student, teacher, task, config, seed=seed, description="reduce", penalty=cost)
