@@ -10,6 +10,7 @@ def cluster(
     model: dsl.Input[dsl.Model],
     state: str,
     max_size: str,
+    round: int,
     seed: int,
     preset: str,
     config: str,
@@ -27,6 +28,7 @@ def cluster(
         model: Package to compress.
         state: State of the round; "fits" passes the package on as it is.
         max_size: Largest file: bytes, 300KB, 300KiB or 12x.
+        round: Number of this round, from 1.
         seed: Seed of everything random.
         preset: Name of the methods and settings that config goes over.
         config: JSON: a method and what overrides its config.
@@ -47,6 +49,7 @@ def cluster(
         Path(clustered.path),
         state=state,
         max_size=max_size,
+        round=round,
         seed=seed,
         preset=preset,
         config=config,

@@ -276,6 +276,18 @@ def test_a_quantised_network_can_be_made_smaller_again(made, tmp_path):
     assert report["n_bytes"] <= 900
 
 
+@pytest.mark.parametrize("method", ["share", "kernels"])
+def test_weights_are_shared_in_another_way_in_a_second_round(method, made, tmp_path):
+    given = {"config": json.dumps({"method": method}), "max_size": "2200", **TASK}
+    first = stages.cluster(made / "prune", tmp_path / "1", **given)
+    stays = stages.cluster(tmp_path / "1", tmp_path / "stays", **given)
+    other = stages.cluster(tmp_path / "1", tmp_path / "other", round=2, **given)
+    assert "allocation" not in stays  # it fits, and has not failed
+    assert stays["sha256"] == first["sha256"]
+    assert other["allocation"] != first["allocation"]
+    assert max(first["n_bytes"], other["n_bytes"]) <= 2200
+
+
 def test_a_budget_for_less_than_the_format_needs_names_the_smallest_one(made, tmp_path):
     with pytest.raises(ValueError, match="max_size must be at least") as raised:
         stages.reduce(made / "prune", tmp_path / "out", max_size="100", **TASK)

@@ -31,6 +31,10 @@ class Goal(NamedTuple):
     size: Callable[[nn.Module], int]  # bytes of the encoded file of a network
     avoid: frozenset[str] = frozenset()  # allocations, by `fingerprint`, that have failed before
 
+    def is_met(self, network: nn.Module) -> bool:
+        """Tell whether a network can stay as it is: its file fits, and none has failed."""
+        return not self.avoid and self.size(network) <= self.max_bytes
+
 
 class Attempt(NamedTuple):
     """A network that was built and encoded."""

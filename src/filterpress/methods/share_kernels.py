@@ -128,7 +128,7 @@ def share_kernels(
     moments = statistics.measure(network, images, seed=seed)
     used = {name: layer for name, layer in layers(network).items() if name in moments}
     scopes = scopes_of(used, config.scope)
-    if not scopes or goal.size(model) <= goal.max_bytes:
+    if not scopes or goal.is_met(model):
         return Outcome(copy.deepcopy(model), {"shared": 0.0}, {})
     for name in (name for names in scopes for name in names):
         check_whole(name, used[name], moments[name])

@@ -70,7 +70,7 @@ def one_round(
     here = f"round-{number}"
     for attempt in range(1, run.given["size_tries"] + 1):
         if state == "too-big":
-            last, _ = run.step(f"{here}/cluster-{attempt}", cluster, last)
+            last, _ = run.step(f"{here}/cluster-{attempt}", cluster, last, round=number)
             last, report = run.step(f"{here}/reduce-{attempt}", reduce, last, round=number)
             state = report["state"]
     last, report = run.step(f"{here}/evaluate", evaluate, last, state=state, round=number)

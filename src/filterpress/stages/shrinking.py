@@ -81,6 +81,7 @@ def cluster(
     *,
     state: str = "too-big",
     max_size: str = "12x",
+    round: int = 1,
     data: str = "digits",
     data_dir: str = "",
     image_size: int = 0,
@@ -96,6 +97,7 @@ def cluster(
         out: Package to write.
         state: fits passes the package on; too-big works on it.
         max_size: Largest encoded file: bytes, 300KB, 300KiB or 12x (of the float32 weights).
+        round: Number of the round; a later round does not repeat an earlier allocation.
         data: Data set: digits, fashion-mnist, cifar10 or image-folder:PATH (gs://... too).
         data_dir: Folder of the data set; empty for the cache folder.
         image_size: Height and width to resize images to; 0 keeps the data set's own.
@@ -115,11 +117,11 @@ def cluster(
         return pass_on(model, out)
     choice = chosen("cluster", preset, config)
     source = package.load(model)
-    goal = _goal(source, max_size)
+    goal = _goal(source, max_size, avoid=_failed(source, "cluster", round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
     outcome = _apply(choice, source, its_task, seed, goal)
-    report = {"stage": "cluster", "method": choice.name, **outcome.notes}
+    report = {"stage": "cluster", "method": choice.name, "round": round, **outcome.notes}
     return hand_on(out, source, outcome.model, report, outcome.layers)
 
 
@@ -165,7 +167,7 @@ def reduce(
         return pass_on(model, out) | {"state": state}
     choice = chosen("reduce", preset, config)
     source = package.load(model)
-    goal = _goal(source, max_size, avoid=_failed(source, round))
+    goal = _goal(source, max_size, avoid=_failed(source, "reduce", round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
     outcome = _apply(choice, source, its_task, seed, goal)
@@ -189,10 +191,10 @@ def _goal(source: Package, max_size: str, avoid: frozenset[str] = frozenset()) -
     )
 
 
-def _failed(source: Package, round: int) -> frozenset[str]:
-    """Return the allocations of earlier rounds."""
-    reduced = [h for h in source.history if h["stage"] == "reduce" and h["round"] < round]
-    return frozenset(h["allocation"] for h in reduced if "allocation" in h)
+def _failed(source: Package, stage: str, round: int) -> frozenset[str]:
+    """Return the allocations that a stage found in earlier rounds."""
+    earlier = [h for h in source.history if h["stage"] == stage and h["round"] < round]
+    return frozenset(h["allocation"] for h in earlier if "allocation" in h)
 
 
 def _apply(choice: Choice, source: Package, task: Task, seed: int, goal: Goal | None) -> Outcome:
