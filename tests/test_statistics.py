@@ -230,7 +230,7 @@ def test_a_network_that_has_not_changed_keeps_its_own_statistics(name):
     assert set(found.state_dict()) == set(network.state_dict())
 
 
-def test_what_a_change_does_to_the_statistics_is_added_to_those_of_training():
+def test_the_statistics_of_training_follow_a_change_in_proportion():
     network, few = networks.make("residual"), networks.images(12, seed=9)
     found = statistics.plain_for(network, few)
     before = found.stem[1].running_mean.clone(), found.stem[1].running_var.clone()
@@ -238,8 +238,17 @@ def test_what_a_change_does_to_the_statistics_is_added_to_those_of_training():
         found.stem[0].weight.mul_(3)
     recalibrate_(found, few)
     torch.testing.assert_close(found.stem[1].running_var, 9 * before[1], rtol=1e-3, atol=1e-5)
-    moved = 2 * network.stem[0](few).mean((0, 2, 3))
-    torch.testing.assert_close(found.stem[1].running_mean, before[0] + moved, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.stem[1].running_mean, 3 * before[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_filter_that_becomes_zero_gives_what_batch_norm_adds():
+    network, few = networks.make("residual"), networks.images(12, seed=9)
+    found = statistics.plain_for(network, few)
+    with torch.no_grad():
+        found.stem[0].weight[2] = 0
+        recalibrate_(found, few)
+        made = found.stem[1](found.stem[0](few))[:, 2]
+    torch.testing.assert_close(made, found.stem[1].bias[2].detach().expand_as(made))
 
 
 def test_offsets_noted_for_other_images_are_forgotten():

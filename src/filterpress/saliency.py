@@ -142,7 +142,6 @@ def prune_in_turns(
     """
     images = calibration(task, IMAGES, seed)
     network = statistics.plain_for(model, images)
-    statistics.forget_offsets_(network)  # a channel that shrinks would be off by a lot
     teacher, before = copy.deepcopy(model).eval(), weights_left(network)
     way, saliency = plan(network, images), measure(network, task, config)
 

@@ -261,8 +261,9 @@ def note_offsets_(model: nn.Module, images: Tensor) -> None:
     """Let batch-norm remember how its statistics differ from those of some images.
 
     It was trained on more images than these, and on augmented ones. What a later `recalibrate_`
-    measures on the same images is corrected by the difference: a network that has hardly changed
-    keeps its statistics, instead of taking over the noise of a small sample.
+    measures on the same images is corrected by the difference, in deviations: a network that has
+    hardly changed keeps its statistics, instead of taking over the noise of a small sample, and a
+    channel that became constant, which batch-norm scales by hundreds, has none of it.
 
     Args:
         model: Network, changed in place; its state stays, and so do offsets noted before.
@@ -278,8 +279,7 @@ def note_offsets_(model: nn.Module, images: Tensor) -> None:
             continue
         mean, variance = other.running_mean, other.running_var
         factor = torch.where(variance > 0, norm.running_var / variance, 1)
-        # a constant channel has no deviation to divide by, and none that its mean may be off
-        offset = torch.where(variance > 0, norm.running_mean - mean, 0)
+        offset = torch.where(variance > 0, (norm.running_mean - mean) * variance.rsqrt(), 0)
         norm.register_buffer("offset", offset, persistent=False)
         norm.register_buffer("factor", factor, persistent=False)
 
@@ -304,7 +304,7 @@ def recalibrate_(model: nn.Module, images: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if "offset" in norm._buffers:
-            norm.running_mean += norm.offset
+            norm.running_mean += norm.offset * norm.running_var.sqrt()
             norm.running_var *= norm.factor
     model.eval()
 

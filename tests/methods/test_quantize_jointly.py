@@ -109,6 +109,13 @@ def test_hard_quantisers_compute_what_soft_ones_do_in_evaluation():
     assert all(is_quantized(layer) for layer in layers(hard).values())
 
 
+def test_cooling_alone_leaves_the_rounded_network_as_it_was():
+    start = started().model
+    expected = {n: integers_of(layer) for n, layer in layers(start).items()}
+    found = {n: integers_of(layer) for n, layer in layers(harden(soften(start, 4))).items()}
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_inputs_that_are_never_negative_have_their_zero_below_all_levels():
     quantizers = input_quantizers(trained(), IMAGES, 8)
     first, *others = quantizers.values()

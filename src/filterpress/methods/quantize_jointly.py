@@ -57,8 +57,10 @@ from filterpress.tasks import Task, calibration
 from filterpress.training import steps_per_epoch
 
 COLD = 0.05  # temperature in the end
+INWARDS = 0.5  # of the way to the middle of their cells that weights begin, so that cooling keeps them
 SIZES = 8  # times that the file is encoded while training, to learn what the estimate leaves out
-PULL = 100.0  # nats by which the price would grow in a training with a file twice the budget
+PULL = 400.0  # nats by which the price would grow in a training with a file twice the budget
+AIM = 0.995  # of the largest file: a file that misses it has to round more coarsely than it learned
 MOST = 0.2  # of the excess or want of bits that counts
 
 
@@ -250,8 +252,10 @@ def soften(network: nn.Module, bits: int) -> nn.Module:
     steps = {name: step_of(m) for name, m in layers(network).items() if is_quantized(m)}
     typical = float(torch.cat([*steps.values()]).median())
     for name, step in steps.items():
-        soft = SoftWeight(step.clone(), typical, bits)
-        parametrize.register_parametrization(layers(result)[name], "weight", soft)
+        layer, soft = layers(result)[name], SoftWeight(step.clone(), typical, bits)
+        with torch.no_grad():
+            layer.weight.lerp_(layers(network)[name].weight, INWARDS)
+        parametrize.register_parametrization(layer, "weight", soft)
     for name, module in list(result.named_modules()):
         if isinstance(module, ActivationQuantizer):
             result.set_submodule(name, SoftActivations(module))
@@ -318,7 +322,7 @@ class Cost:
         ]
         expected, bits = (torch.stack(parts).sum() for parts in zip(*counted, strict=True))
         if self.step % math.ceil(self.n_steps / SIZES) == 0:
-            left = self.goal.max_bytes - self.goal.size(harden(self.network))
+            left = AIM * self.goal.max_bytes - self.goal.size(harden(self.network))
             self.target = max(1.0, float(bits) + 8 * left)
         excess = min(max(float(bits) / self.target - 1, -MOST), MOST)
         self.price *= math.exp(PULL / self.n_steps * excess)

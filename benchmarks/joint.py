@@ -1,0 +1,121 @@
+"""Prune and quantise jointly, with each of a few decisions made otherwise, and compare.
+
+    python benchmarks/joint.py RUN [RUN ...] --ratio 20 --data fashion-mnist --data-dir DIR
+
+RUN is the folder of a run of ``filterpress compress``; its trained network is made smaller by
+``joint`` (docs/adr/0028) for a file of that ratio. Ways are ``rounded``, the network that training
+begins with; ``as it is``; ``from the cells' edge`` and ``from their middle``, other places where
+weights begin; ``warmer``, which ends at another temperature; ``higher thresholds`` to begin with;
+``sgd`` in place of ``adamw``; ``slower`` and ``faster`` rates of learning; ``weights only``.
+Divergence from the trained network and accuracy are of the validation set. Results are printed as
+JSON and added to ``benchmarks/results/joint.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from comparison import Row, Validation, arguments, compare
+from torch import nn
+
+from filterpress import package, soft_levels
+from filterpress.errors import ModelError
+from filterpress.fitting import Attempt, Goal
+from filterpress.methods import quantize_jointly as joint
+from filterpress.methods.quantize_jointly import JointConfig, quantize_jointly
+from filterpress.tasks import Task
+
+RESULTS = Path(__file__).parent / "results" / "joint.json"
+
+
+# Names in `quantize_jointly` or `soft_levels`, and fields of the config, that are otherwise.
+WAYS: dict[str, Row] = {
+    "as it is": {},
+    "from the cells' edge": {"INWARDS": 0.0},
+    "from their middle": {"INWARDS": 1.0},
+    "warmer": {"COLD": 0.1},
+    "higher thresholds": {"FIRST_LEVEL": -0.4},  # 0.7 steps
+    "sgd": {"optimizer": "sgd", "lr": 0.02},
+    "slower": {"lr": 0.0005},
+    "faster": {"lr": 0.008},
+    "slow price": {"PULL": 100.0},
+    "quick price": {"PULL": 1600.0},
+    "weights only": {"act_bits": 0},
+}
+
+
+def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
+    """Make the network smaller in each way, with each seed."""
+    source = package.load(run / "train")
+    validation = Validation(source.network, task)
+    goal = Goal(
+        round(source.baseline["n_bytes"] / given.ratio),
+        lambda network: len(package.encode(source, network)),
+    )
+    begin = joint.begin
+
+    def row(way: str, seed: int, network: nn.Module, notes: dict[str, Any]) -> Row:
+        measured = validation.measure(network)
+        return {
+            "way": way,
+            "ratio": given.ratio,
+            "steps": given.epochs * given.epoch_steps,
+            "seed": seed,
+            "n_bytes": goal.size(network),
+            **notes,
+            "divergence": round(measured.divergence, 5),
+            "validation_accuracy": measured.accuracy,
+        }
+
+    for seed in range(given.seeds):
+        for name in given.ways:
+            way = WAYS[name]
+            names = {key: value for key, value in way.items() if key.isupper()}
+            fields = {key: value for key, value in way.items() if key.islower()}
+            started: list[Attempt] = []
+
+            def noted(*arguments: Any, found: list[Attempt] = started) -> Attempt:
+                found.append(begin(*arguments))
+                return found[0]
+
+            config = JointConfig(epochs=given.epochs, epoch_steps=given.epoch_steps, **fields)
+            before = time.process_time()
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(patch.object(joint, "begin", noted))
+                    for key, value in names.items():
+                        owner = soft_levels if hasattr(soft_levels, key) else joint
+                        stack.enter_context(patch.object(owner, key, value))
+                    made = quantize_jointly(source.network, task, config, goal=goal, seed=seed)
+            except ModelError as error:  # a way that diverges is a result
+                yield {"way": name, "ratio": given.ratio, "seed": seed, "error": str(error)}
+                continue
+            seconds = round(time.process_time() - before)
+            if name == "as it is":
+                yield row("rounded", seed, started[0].model, {})
+            yield row(
+                name,
+                seed,
+                made.model,
+                {
+                    "pruned": round(float(made.notes["pruned"]), 4),
+                    "coarsened": made.notes.get("coarsened", 0.0),
+                    "cpu_seconds": seconds,
+                },
+            )
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--ratio", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epoch-steps", type=int, default=143)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    compare(parser, RESULTS, rows_of)
