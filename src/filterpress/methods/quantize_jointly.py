@@ -57,7 +57,7 @@ from filterpress.tasks import Task, calibration
 from filterpress.training import steps_per_epoch
 
 COLD = 0.05  # temperature in the end
-INWARDS = 0.5  # of the way to the middle of their cells that weights begin, so that cooling keeps them
+INWARDS = 0.5  # of the way to the middle of their cells, that weights begin at: cooling keeps them
 SIZES = 8  # times that the file is encoded while training, to learn what the estimate leaves out
 PULL = 400.0  # nats by which the price would grow in a training with a file twice the budget
 AIM = 0.995  # of the largest file: a file that misses it has to round more coarsely than it learned
