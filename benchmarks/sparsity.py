@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,13 +27,12 @@ from comparison import Row, Validation, arguments, compare
 from torch import Tensor, nn
 
 from filterpress import package, statistics
-from filterpress.data import Arrays
 from filterpress.fitting import Goal
 from filterpress.methods import learn_thresholds, prune_by_macs
 from filterpress.methods.learn_thresholds import ThresholdConfig, Thresholded
 from filterpress.methods.prune_by_macs import Ladder, MacsConfig
 from filterpress.surgery import layers
-from filterpress.tasks import ImageClassification, Task, calibration
+from filterpress.tasks import Task, calibration
 from filterpress.training import steps_per_epoch
 
 RESULTS = Path(__file__).parent / "results" / "sparsity.json"
@@ -137,14 +135,6 @@ _THRESHOLDED, _COST, _CUT = (
 _ALLOWANCES = prune_by_macs.allowances
 
 
-def thinned(task: Task, every: int) -> Task:
-    """Leave every so many-th training image to the built-in task."""
-    if not isinstance(task, ImageClassification):
-        raise TypeError(f"task must be the built-in one, got {type(task).__name__}")
-    train = Arrays(task.data.train.images[::every], task.data.train.labels[::every])
-    return replace(task, data=task.data._replace(train=train))
-
-
 def uses_of(source: package.Package) -> dict[str, float]:
     """Count how often a weight of each layer is used for an image."""
     macs = package.macs_by_layer(source.network, source.input_shape)
@@ -188,14 +178,14 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     """Prune in each way, with each seed."""
     source = package.load(run / "train")
     validation = Validation(source.network, task)
-    task = thinned(task, given.every)
     uses = uses_of(source)
     goal = Goal(
         round(source.baseline["n_bytes"] / given.ratio),
         lambda network: len(package.encode(source, network)),
     )
-    config = ThresholdConfig(learning_epochs=given.learning_epochs, epochs=given.epochs)
-    alike = MacsConfig(epochs=given.learning_epochs + given.epochs)  # as many steps in all
+    steps = {"epoch_steps": given.epoch_steps}
+    config = ThresholdConfig(learning_epochs=given.learning_epochs, epochs=given.epochs, **steps)
+    alike = MacsConfig(epochs=given.learning_epochs + given.epochs, **steps)  # as many in all
     n_steps = given.learning_epochs * steps_per_epoch(task, config)
     for name in given.ways or [f"{method}/{way}" for method in WAYS for way in WAYS[method]]:
         method, _, way = name.partition("/")
@@ -231,5 +221,5 @@ if __name__ == "__main__":
     parser.add_argument("--learning-epochs", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--ways", nargs="*", metavar="METHOD/WAY", default=[])
-    parser.add_argument("--every", type=int, default=1, help="train on every so many-th image")
+    parser.add_argument("--epoch-steps", type=int, default=0, help="0 for a whole pass")
     compare(parser, RESULTS, rows_of)
