@@ -4,23 +4,24 @@
 
 RUN is the folder of a run of ``filterpress compress``; its trained network is made smaller by
 ``joint`` (docs/adr/0028) for a file of that ratio. Ways are ``rounded``, the network that training
-begins with; ``as it is``; ``from the cells' edge`` and ``from their middle``, other places where
-weights begin; ``warmer``, which ends at another temperature; ``higher thresholds`` to begin with;
-``sgd`` in place of ``adamw``; ``slower`` and ``faster`` rates of learning; ``weights only``.
-Divergence from the trained network and accuracy are of the validation set. Results are printed as
-JSON and added to ``benchmarks/results/joint.json``.
+begins with; ``as it is``; ``from inside`` and ``from the edge`` of the cells of their integers, for
+weights to begin at; ``warmer``, which ends at another temperature; ``higher thresholds`` to begin
+with; ``sgd`` in place of ``adamw``; ``slower`` and ``faster`` rates of learning; ``slow price`` and
+``quick price``; ``weights only``. Divergence from the trained network and accuracy are of the
+validation set. Results are printed as JSON and added to ``benchmarks/results/joint.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
 from comparison import Row, Validation, arguments, compare
 from torch import nn
 
@@ -29,24 +30,47 @@ from filterpress.errors import ModelError
 from filterpress.fitting import Attempt, Goal
 from filterpress.methods import quantize_jointly as joint
 from filterpress.methods.quantize_jointly import JointConfig, quantize_jointly
+from filterpress.representations import without_quantization
+from filterpress.surgery import layers
 from filterpress.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / "joint.json"
 
 
-# Names in `quantize_jointly` or `soft_levels`, and fields of the config, that are otherwise.
-WAYS: dict[str, Row] = {
-    "as it is": {},
-    "from the cells' edge": {"INWARDS": 0.0},
-    "from their middle": {"INWARDS": 1.0},
-    "warmer": {"COLD": 0.1},
-    "higher thresholds": {"FIRST_LEVEL": -0.4},  # 0.7 steps
-    "sgd": {"optimizer": "sgd", "lr": 0.02},
-    "slower": {"lr": 0.0005},
-    "faster": {"lr": 0.008},
-    "slow price": {"PULL": 100.0},
-    "quick price": {"PULL": 1600.0},
-    "weights only": {"act_bits": 0},
+def inwards(share: float) -> Callable[..., nn.Module]:
+    """Let weights begin where they were, but a share of the way to the middle of their cells."""
+
+    def beginning(network: nn.Module, *, rounded: bool) -> nn.Module:
+        result = without_quantization(network, rounded=False)
+        if rounded:
+            middles = layers(without_quantization(network, rounded=True))
+            with torch.no_grad():
+                for name, layer in layers(result).items():
+                    layer.weight.lerp_(middles[name].weight, share)
+        return result
+
+    return beginning
+
+
+class Way(NamedTuple):
+    """What is otherwise: fields of the config, and names in `quantize_jointly` or `soft_levels`."""
+
+    fields: Row
+    names: Row
+
+
+WAYS = {
+    "as it is": Way({}, {}),
+    "from inside": Way({}, {"without_quantization": inwards(0.5)}),
+    "from the edge": Way({}, {"without_quantization": inwards(0.0)}),
+    "warmer": Way({}, {"COLD": 0.1}),
+    "higher thresholds": Way({}, {"FIRST_LEVEL": -0.4}),  # 0.7 steps
+    "sgd": Way({"optimizer": "sgd", "lr": 0.02}, {}),
+    "slower": Way({"lr": 0.0005}, {}),
+    "faster": Way({"lr": 0.008}, {}),
+    "slow price": Way({}, {"PULL": 100.0}),
+    "quick price": Way({}, {"PULL": 1600.0}),
+    "weights only": Way({"act_bits": 0}, {}),
 }
 
 
@@ -75,9 +99,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
 
     for seed in range(given.seeds):
         for name in given.ways:
-            way = WAYS[name]
-            names = {key: value for key, value in way.items() if key.isupper()}
-            fields = {key: value for key, value in way.items() if key.islower()}
+            fields, names = WAYS[name]
             started: list[Attempt] = []
 
             def noted(*arguments: Any, found: list[Attempt] = started) -> Attempt:

@@ -57,7 +57,6 @@ from filterpress.tasks import Task, calibration
 from filterpress.training import steps_per_epoch
 
 COLD = 0.05  # temperature in the end
-INWARDS = 0.5  # of the way to the middle of their cells, that weights begin at: cooling keeps them
 SIZES = 8  # times that the file is encoded while training, to learn what the estimate leaves out
 PULL = 400.0  # nats by which the price would grow in a training with a file twice the budget
 AIM = 0.995  # of the largest file: a file that misses it has to round more coarsely than it learned
@@ -98,7 +97,7 @@ def quantize_jointly(
     """Prune and quantise a network while training it.
 
     It begins with the network rounded so that its file fits, and leaves it at that where no steps
-    make it fit.
+    make it fit. What is zero then stays zero.
 
     Args:
         model: Network to shrink, which the new one imitates.
@@ -244,18 +243,19 @@ def input_quantizers(
 def soften(network: nn.Module, bits: int) -> nn.Module:
     """Copy a quantised network with soft quantisers in place of hard ones.
 
+    Weights begin as they are rounded. So those that are zero have been pruned, and stay zero.
+
     Args:
         network: What `begin` made.
         bits: Of the widest integers of weights.
     """
-    result = without_quantization(network, rounded=False)
+    # From the edge of their cells, cooling alone would let weights fall to the other side.
+    result = without_quantization(network, rounded=True)
     steps = {name: step_of(m) for name, m in layers(network).items() if is_quantized(m)}
     typical = float(torch.cat([*steps.values()]).median())
     for name, step in steps.items():
-        layer, soft = layers(result)[name], SoftWeight(step.clone(), typical, bits)
-        with torch.no_grad():
-            layer.weight.lerp_(layers(network)[name].weight, INWARDS)
-        parametrize.register_parametrization(layer, "weight", soft)
+        soft = SoftWeight(step.clone(), typical, bits)
+        parametrize.register_parametrization(layers(result)[name], "weight", soft)
     for name, module in list(result.named_modules()):
         if isinstance(module, ActivationQuantizer):
             result.set_submodule(name, SoftActivations(module))
