@@ -384,7 +384,7 @@ def test_a_channel_that_cannot_be_is_refused_before_anything_is_released(wrong, 
 
 @pytest.mark.parametrize(
     ("thresholds", "numbers"),
-    [({"max_size": "780"}, "of 780 allowed"), ({"min_accuracy": "-0pp"}, "of 0.9800 needed")],
+    [({"max_size": "780"}, "of 780 allowed"), ({"min_accuracy": "0.99"}, "of 0.9900 needed")],
 )
 def test_publication_measures_the_thresholds_itself(thresholds, numbers, publish, tmp_path):
     with pytest.raises(BudgetError, match=numbers):

@@ -83,8 +83,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             reduce=STEPS,
         ),
         "best": Preset(
-            "The default, with 1-D, separable and Tucker layers beside its projections.",
+            "The default, with 1-D, separable and Tucker layers, and labels that count for half.",
             reduce={"method": "project", "kinds": "tucker,spatial,separable"},
+            retrain={"alpha": 0.5},
         ),
     }
 )
