@@ -382,19 +382,35 @@ def test_a_channel_that_cannot_be_is_refused_before_anything_is_released(wrong, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_publication_measures_the_size_itself(publish, tmp_path):
-    with pytest.raises(BudgetError, match="of 780 allowed"):
-        publish(max_size="780")
+@pytest.fixture
+def liar(made, tmp_path_factory):
+    """A package that says it is accurate, and is not."""
+    folder = tmp_path_factory.mktemp("made") / "liar"
+    shutil.copytree(made / "evaluate", folder)
+    description = json.loads((folder / "model.json").read_text())
+    description["history"][-1] |= {"decision": "publish", "validation_accuracy": 1.0}
+    (folder / "model.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "thresholds", "numbers"),
+    [
+        ("good", {"max_size": "780"}, "of 780 allowed"),
+        ("liar", {"min_accuracy": "-0pp"}, "of 0.9800 needed"),
+    ],
+)
+def test_publication_measures_the_thresholds_itself(
+    model, thresholds, numbers, publish, liar, tmp_path
+):
+    with pytest.raises(BudgetError, match=numbers):
+        publish(liar if model == "liar" else model, **thresholds)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_decision_to_publish_that_is_a_lie_does_not_publish(publish, made, tmp_path):
-    shutil.copytree(made / "evaluate", tmp_path / "liar")
-    description = json.loads((tmp_path / "liar" / "model.json").read_text())
-    description["history"][-1] |= {"decision": "publish", "validation_accuracy": 1.0}
-    (tmp_path / "liar" / "model.json").write_text(json.dumps(description))
+def test_a_decision_to_publish_that_is_a_lie_does_not_publish(publish, liar, tmp_path):
     with pytest.raises(BudgetError, match=r"validation accuracy 0\.9"):
-        publish(tmp_path / "liar")
+        publish(liar)
     assert not (tmp_path / "store").exists()
 
 
