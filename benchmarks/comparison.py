@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from filterpress import package
+from filterpress.fitting import Goal
 from filterpress.tasks import Task, load_task
 from filterpress.training import predictor
 
@@ -67,6 +69,14 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 def task_of(given: argparse.Namespace) -> Task:
     """Load the data that was asked for."""
     return load_task(given.data, given.data_dir, 0, "")
+
+
+def goal_of(source: package.Package, ratio: float) -> Goal:
+    """Ask for a file of a trained network that is so many times smaller than its weights."""
+    return Goal(
+        int(source.baseline["n_bytes"] / ratio),
+        lambda network: len(package.encode(source, network)),
+    )
 
 
 def compare(parser: argparse.ArgumentParser, results: Path, rows_of: RowsOf) -> list[list[Row]]:

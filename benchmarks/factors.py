@@ -21,13 +21,12 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 import torch
-from comparison import Row, Validation, arguments, compare
+from comparison import Row, Validation, arguments, compare, goal_of
 from quantizers import once
 from torch.nn import functional as F
 
 from filterpress import package, settings, statistics
 from filterpress.codec.graph import to_onnx
-from filterpress.fitting import Goal
 from filterpress.measurement import runner
 from filterpress.stages.tables import reducers
 from filterpress.tasks import Task, calibration
@@ -82,10 +81,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
         for ratio in given.ratios:
             for text in CONFIGS:
                 _, method, config = settings.choose(reducers(), text)
-                goal = Goal(
-                    int(source.baseline["n_bytes"] / ratio),
-                    lambda network: len(package.encode(source, network)),
-                )
+                goal = goal_of(source, ratio)
                 images = calibration(task, config.images, 0)
                 started = time.process_time()
                 made = method(source.network, images, config, goal=goal, seed=0)

@@ -22,17 +22,16 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from comparison import Row, Validation, arguments, compare
+from comparison import Row, Validation, arguments, compare, goal_of
 from torch import nn
 
 from filterpress import package, soft_levels
 from filterpress.errors import ModelError
-from filterpress.fitting import Attempt, Goal
 from filterpress.methods import quantize_jointly as joint
-from filterpress.methods.quantize_jointly import JointConfig, quantize_jointly
+from filterpress.methods.quantize_jointly import JointConfig, begin, quantize_jointly
 from filterpress.representations import without_quantization
 from filterpress.surgery import layers
-from filterpress.tasks import Task
+from filterpress.tasks import Task, calibration
 
 RESULTS = Path(__file__).parent / "results" / "joint.json"
 
@@ -78,11 +77,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     """Make the network smaller in each way, with each seed."""
     source = package.load(run / "train")
     validation = Validation(source.network, task)
-    goal = Goal(
-        round(source.baseline["n_bytes"] / given.ratio),
-        lambda network: len(package.encode(source, network)),
-    )
-    begin = joint.begin
+    goal = goal_of(source, given.ratio)
 
     def row(way: str, seed: int, network: nn.Module, notes: dict[str, Any]) -> Row:
         measured = validation.measure(network)
@@ -98,19 +93,16 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
         }
 
     for seed in range(given.seeds):
+        images = calibration(task, JointConfig.images, seed)
+        yield row(
+            "rounded", seed, begin(source.network, images, JointConfig(), goal, seed).model, {}
+        )
         for name in given.ways:
             fields, names = WAYS[name]
-            started: list[Attempt] = []
-
-            def noted(*arguments: Any, found: list[Attempt] = started) -> Attempt:
-                found.append(begin(*arguments))
-                return found[0]
-
             config = JointConfig(epochs=given.epochs, epoch_steps=given.epoch_steps, **fields)
             before = time.process_time()
             try:
                 with ExitStack() as stack:
-                    stack.enter_context(patch.object(joint, "begin", noted))
                     for key, value in names.items():
                         owner = soft_levels if hasattr(soft_levels, key) else joint
                         stack.enter_context(patch.object(owner, key, value))
@@ -119,8 +111,6 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
                 yield {"way": name, "ratio": given.ratio, "seed": seed, "error": str(error)}
                 continue
             seconds = round(time.process_time() - before)
-            if name == "as it is":
-                yield row("rounded", seed, started[0].model, {})
             yield row(
                 name,
                 seed,

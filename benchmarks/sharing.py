@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from comparison import Row, Validation, arguments, compare
+from comparison import Row, Validation, arguments, compare, goal_of
 
 from filterpress import package
 from filterpress.clustering import count_clusters
-from filterpress.fitting import Goal
 from filterpress.methods.quantize_weights import QuantizationConfig, quantize_weights
 from filterpress.methods.share_weights import MOST, SharingConfig, share_weights
 from filterpress.tasks import Task, calibration
@@ -45,10 +44,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     images = calibration(task, SharingConfig().images, 0)
     validation = Validation(source.network, task)
     for ratio in given.ratios:
-        goal = Goal(
-            int(source.baseline["n_bytes"] / ratio),
-            lambda network: len(package.encode(source, network)),
-        )
+        goal = goal_of(source, ratio)
         for way, config in CONFIGS.items():
             started = time.process_time()
             if isinstance(config, SharingConfig):

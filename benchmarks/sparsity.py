@@ -23,11 +23,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from comparison import Row, Validation, arguments, compare
+from comparison import Row, Validation, arguments, compare, goal_of
 from torch import Tensor, nn
 
 from filterpress import package, statistics
-from filterpress.fitting import Goal
 from filterpress.methods import learn_thresholds, prune_by_macs
 from filterpress.methods.learn_thresholds import ThresholdConfig, Thresholded
 from filterpress.methods.prune_by_macs import Ladder, MacsConfig
@@ -179,10 +178,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     source = package.load(run / "train")
     validation = Validation(source.network, task)
     uses = uses_of(source)
-    goal = Goal(
-        round(source.baseline["n_bytes"] / given.ratio),
-        lambda network: len(package.encode(source, network)),
-    )
+    goal = goal_of(source, given.ratio)
     steps = {"epoch_steps": given.epoch_steps}
     config = ThresholdConfig(learning_epochs=given.learning_epochs, epochs=given.epochs, **steps)
     alike = MacsConfig(epochs=given.learning_epochs + given.epochs, **steps)  # as many in all
