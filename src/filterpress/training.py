@@ -46,7 +46,7 @@ class FitConfig:
     """How to train.
 
     Attributes:
-        epochs: Passes over the training set.
+        epochs: Passes over the training set, or parts of one.
         epoch_steps: Steps after which an epoch ends, each on images of its own draw; 0 for a whole
             pass, which an epoch never exceeds.
         lr: Highest learning rate. It rises linearly, then falls to zero along a cosine.

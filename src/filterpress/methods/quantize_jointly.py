@@ -9,7 +9,7 @@ A weight costs what its integer takes entropy-coded, as after ``quantize``; each
 bytes of graph, which small networks feel. Multiply-accumulates stay; with 8-bit activations those
 between two layers without a sum are of integers. Does not help speed in ONNX Runtime on a CPU where
 sums of feature maps keep every other layer in floating point: ResNet-20 took 1.8 times as long as
-without. Training takes about twice an ordinary one.
+without. Training takes longer than an ordinary one.
 
 Reference:
     Wang et al., "Differentiable Joint Pruning and Quantization for Hardware Efficiency", ECCV 2020,
