@@ -137,11 +137,15 @@ class Runs(NamedTuple):
         ]
 
     def run(self, command: str, out: Path, *own: str, seed: int = 0) -> int:
+        """Run a command of filterpress that makes the network, and return its seconds."""
+        own += ("--model", self.network.model, "--seed", str(seed))
+        return self.call(command, out, *own)
+
+    def call(self, command: str, out: Path, *own: str) -> int:
         """Run a command of filterpress and return its seconds."""
         called = [sys.executable, "-m", "filterpress", command, "--out", str(out), *own]
-        called += ["--model", self.network.model, "--image-size", str(self.network.image_size)]
-        called += ["--data", "fashion-mnist", "--data-dir", self.data_dir, "--json"]
-        called += ["--seed", str(seed)]
+        called += ["--image-size", str(self.network.image_size), "--json"]
+        called += ["--data", "fashion-mnist", "--data-dir", self.data_dir]
         started = time.perf_counter()
         done = subprocess.run(called, check=False, stdout=subprocess.DEVNULL)
         if done.returncode not in (0, NOT_MET):

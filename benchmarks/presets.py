@@ -6,9 +6,10 @@
 A network is trained once, as for `networks.py`. Each point is one call of ``filterpress compress
 --preset NAME`` with the trained weights, for one size and one seed; its time is that of the
 processor, which other work on the machine hardly changes. The floor is the accuracy of the trained
-network, so that hardly any stops early. Every preset may train for `EPOCHS` epochs of `EPOCH_STEPS`
-steps in all, which is one pass over the training images: those that train while they prune or
-quantise have so many fewer to retrain with, and ``post-training`` has none.
+network, and a file that meets it as it is gets its retrain all the same, so that none stops early.
+Every preset trains for `EPOCHS` epochs of `EPOCH_STEPS` steps in all, which is one pass over the
+training images: those that train while they prune or quantise have so many fewer to retrain with,
+and ``post-training`` has none.
 
 Processors of another kind train other weights. A point is compared with the weights that it was
 made from, so points of several machines go together.
@@ -60,7 +61,7 @@ TRAINING: dict[str, tuple[str, Json]] = {  # the stage and how it spends them
     "joint": ("reduce", {"epochs": 2}),
     "mac-budget": ("prune", {"epochs": 2}),
 }
-KEPT = ("decision", "n_bytes", "ratio", "accuracy", "validation_accuracy", "macs", "sha256")
+KEPT = ("n_bytes", "ratio", "accuracy", "validation_accuracy", "macs", "sha256")
 
 
 class Point(NamedTuple):
@@ -76,17 +77,22 @@ class Point(NamedTuple):
         return {"preset": self.preset, "max_size": self.size, "seed": self.seed}
 
 
-def flags_of(preset: str) -> list[str]:
-    """Share the epochs out among the stages that train."""
-    if PRESETS[preset].retrain.get("method") == settings.NONE:
-        return ["--max-retrains", "0"]
-    left, flags = EPOCHS, ["--max-retrains", "1"]
+def configs_of(preset: str) -> dict[str, str]:
+    """Share the epochs out among the stages that train; without any for those that do not."""
+    if not retrains(preset):
+        return {}
+    left, configs = EPOCHS, {}
     if preset in TRAINING:
         stage, fields = TRAINING[preset]
-        flags += [f"--{stage}-config", json.dumps(fields | {"epoch_steps": EPOCH_STEPS})]
+        configs[stage] = json.dumps(fields | {"epoch_steps": EPOCH_STEPS})
         left -= EARLY
     retrain = {"epochs": left, "epoch_steps": EPOCH_STEPS, "margin": 0.5}  # no early stop
-    return [*flags, "--retrain-config", json.dumps(retrain)]
+    return configs | {"retrain": json.dumps(retrain)}
+
+
+def retrains(preset: str) -> bool:
+    """Say whether a preset retrains."""
+    return PRESETS[preset].retrain.get("method") != settings.NONE
 
 
 def run(runs: networks.Runs, point: Point, weights: str) -> Json:
@@ -94,22 +100,40 @@ def run(runs: networks.Runs, point: Point, weights: str) -> Json:
     folder = runs.out / f"{point.preset}-{point.size}-{point.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its time is not known
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    runs.run(
-        *("compress", folder, "--weights", str(runs.out / "train" / "weights.safetensors")),
-        *("--preset", point.preset, "--max-size", point.size, "--min-accuracy", "-0pp"),
-        *("--max-rounds", "1", *flags_of(point.preset)),
-        seed=point.seed,
-    )
+    last = compress(runs, point, folder)
     total = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = total.ru_utime + total.ru_stime - spent.ru_utime - spent.ru_stime
-    report = json.loads((folder / "report.json").read_text())
-    last = max(folder.glob("round-1/evaluate*"))
+    report = json.loads((last / "report.json").read_text())
     ratio = latency_ratio(package.load(runs.out / "train"), (last / ENCODED).read_bytes())
     kept = {name: report[name] for name in KEPT}
     cost = {"cpu_seconds": round(seconds), "latency_ratio": ratio}
     made = {**point.key, **kept, **cost, "weights_sha256": weights}
     shutil.rmtree(folder)
     return made
+
+
+def compress(runs: networks.Runs, point: Point, folder: Path) -> Path:
+    """Compress the trained network and return the package that was evaluated last."""
+    configs, n_retrains = configs_of(point.preset), int(retrains(point.preset))
+    thresholds = ("--max-size", point.size, "--min-accuracy", "-0pp")
+    runs.run(
+        *("compress", folder, "--weights", str(runs.out / "train" / "weights.safetensors")),
+        *("--preset", point.preset, *thresholds),
+        *("--max-rounds", "1", "--max-retrains", str(n_retrains)),
+        *(word for stage, text in configs.items() for word in (f"--{stage}-config", text)),
+        seed=point.seed,
+    )
+    last = max(folder.glob("round-1/evaluate*"))
+    if json.loads((last / "report.json").read_text())["retrains"] == n_retrains:
+        return last
+    trained, retrained, last = folder / "train", folder / "retrain-1", folder / "evaluate-1"
+    runs.call(
+        *("retrain", retrained, "--model", str(folder / "round-1" / "evaluate")),
+        *("--trained", str(trained), "--preset", point.preset, *thresholds),
+        *("--config", configs["retrain"], "--seed", str(point.seed)),
+    )
+    runs.call("evaluate", last, "--model", str(retrained), *thresholds)
+    return last
 
 
 def latency_ratio(trained: package.Package, encoded: bytes) -> float:
