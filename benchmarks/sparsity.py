@@ -8,8 +8,9 @@ in proportion to deviations; ``other function``, w sigma(beta (w^2 - alpha^2) / 
 and ``annealed``, sharpness that is not learned; ``priced by macs``, survivors that count as often
 as they are used; ``weights kept``, survivors with the weights underneath.
 Ways of ``macs`` are ``as it is``; ``by weight``, allowances by multiply-accumulates of a weight;
-``alike``, the same for all layers; ``outputs``, with errors of the outputs. Divergence from the
-trained network and accuracy are of the validation set. Results are printed as JSON and added to
+``alike``, the same for all layers; ``outputs``, with errors of the outputs; ``from the deviation``,
+thresholds that come down from there in steps. Divergence from the trained network and accuracy are
+of the validation set. Results are printed as JSON and added to
 ``benchmarks/results/sparsity.json``.
 """
 
@@ -45,9 +46,10 @@ WAYS = {
         "priced by macs",
         "weights kept",
     ),
-    "macs": ("as it is", "by weight", "alike", "outputs"),
+    "macs": ("as it is", "by weight", "alike", "outputs", "from the deviation"),
 }
 FIRST_SHARPNESS = 5.0  # of annealing
+STEP = 0.9  # of thresholds that come down from the deviation
 
 
 def other_function(weight: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -126,6 +128,16 @@ def of_outputs(source: package.Package, task: Task) -> Callable[[Tensor], Ladder
     return ladder
 
 
+def from_the_deviation(rungs: Ladder, allowance: float) -> float:
+    """Lower a threshold from the deviation of the weights until what goes is allowed."""
+    threshold = float(rungs.magnitudes.square().mean().sqrt())
+    while (count := int((rungs.magnitudes <= threshold).sum())) and (
+        rungs.errors[count - 1] > allowance
+    ):
+        threshold *= STEP
+    return threshold if count else 0.0
+
+
 _THRESHOLDED, _COST, _CUT = (
     learn_thresholds.thresholded_,
     learn_thresholds.cost_of_survivors,
@@ -171,6 +183,8 @@ def otherwise(
             put(prune_by_macs, "allowances", lambda _, epsilon: _ALLOWANCES(same, epsilon))
         case "outputs":
             put(prune_by_macs, "ladder", of_outputs(source, task))
+        case "from the deviation":
+            put(Ladder, "threshold", from_the_deviation)
 
 
 def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
