@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import matplotlib as mpl
@@ -11,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Json = dict[str, Any]
-LOWEST = -6.0  # points that the horizontal axis shows
-LINE = 0.24  # inches a preset
+LOWEST = -6.0  # points that the horizontal axis shows at most
+LINE = 0.28  # inches a preset
+APART = 0.15  # lines between the two sizes
 # Blue and vermilion of Okabe and Ito, which colour-blind people tell apart, and two shapes.
 STYLES: list[Json] = [{"color": "#0072b2", "marker": "o"}, {"color": "#d55e00", "marker": "s"}]
 
@@ -34,32 +36,41 @@ def draw(results: dict[str, list[Json]]) -> bytes:
         panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for panel, (title, rows) in zip(panels, results.items(), strict=True):
             _panel(panel, title, rows, presets)
-        figure.supxlabel("change of test accuracy, points; lines are standard errors", fontsize=10)
+        label = "change of test accuracy, points"
+        if any(row["error"] for rows in results.values() for row in rows):
+            label += "; lines are standard errors"
+        figure.supxlabel(label, fontsize=10)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
 def _panel(panel: Axes, title: str, rows: list[Json], presets: list[str]) -> None:
+    lowest = max(LOWEST, math.floor(min(row["change"] for row in rows)))
     panel.set_title(title, loc="left", fontsize=10)
     panel.set_yticks(range(len(presets)), presets)
     panel.set_ylim(len(presets) - 0.5, -0.5)
-    panel.set_xlim(LOWEST, 0.5)
+    panel.set_xlim(lowest, 0.5)
     panel.spines[["top", "right"]].set_visible(False)
     panel.axvline(0, color=GREY, linewidth=0.8)
     panel.axvline(ALLOWED, color=GREY, linewidth=0.8, linestyle="--")
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    for style, size in zip(STYLES, sizes, strict=False):
+    for style, size, shift in zip(STYLES, sizes, (-APART, APART), strict=False):
         mine = [row for row in rows if row["size"] == size]
-        places = [presets.index(row["preset"]) for row in mine]
-        shown = [max(row["change"], LOWEST) for row in mine]
+        places = [presets.index(row["preset"]) + shift for row in mine]
+        shown = [max(row["change"], lowest) for row in mine]
         errors = [row["error"] or 0.0 for row in mine]
-        panel.errorbar(shown, places, xerr=errors, linestyle="none", label=size, **style)
+        panel.errorbar(
+            shown, places, xerr=errors, linestyle="none", label=size, markersize=5, **style
+        )
         for row, place in zip(mine, places, strict=True):
-            if row["change"] < LOWEST:
+            if row["change"] < lowest:
                 change = f"{row['change']:.0f}".replace("-", "\N{MINUS SIGN}")
                 panel.annotate(
-                    change, (LOWEST, place), xytext=(6, 0), textcoords="offset points",
+                    change, (lowest, place), xytext=(6, 0), textcoords="offset points",
                     va="center", fontsize=8, color=style["color"],
                 )  # fmt: skip
-    panel.legend(frameon=False, loc="lower left", fontsize=8)
+    panel.legend(
+        frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sizes), fontsize=8,
+        borderpad=0, borderaxespad=0.3, handletextpad=0.2, columnspacing=1.2,
+    )  # fmt: skip
