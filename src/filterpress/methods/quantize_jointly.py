@@ -8,8 +8,9 @@ price that follows the budget.
 A weight costs what its integer takes entropy-coded, as after ``quantize``; each layer adds some 45
 bytes of graph, which small networks feel. Multiply-accumulates stay; with 8-bit activations those
 between two layers without a sum are of integers. Does not help speed in ONNX Runtime on a CPU where
-sums of feature maps keep every other layer in floating point: ResNet-20 took 1.8 times as long as
-without. Training takes longer than an ordinary one.
+sums of feature maps keep every other layer in floating point: ResNet-20 took 1.3 times as long as
+without (README, presets compared). Does not help where rounding alone loses next to nothing, as at
+a tenth of ResNet-20: training in few steps loses more. A step takes longer than an ordinary one.
 
 Reference:
     Wang et al., "Differentiable Joint Pruning and Quantization for Hardware Efficiency", ECCV 2020,
