@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from filterpress import package
+from filterpress import package, settings
 from filterpress.fitting import Goal
-from filterpress.tasks import Task, load_task
+from filterpress.methods import Outcome
+from filterpress.settings import Table
+from filterpress.tasks import Task, calibration, load_task
 from filterpress.training import predictor
 
 Row = dict[str, Any]
@@ -77,6 +80,25 @@ def goal_of(source: package.Package, ratio: float) -> Goal:
         int(source.baseline["n_bytes"] / ratio),
         lambda network: len(package.encode(source, network)),
     )
+
+
+def made_by(
+    table: Table, text: str, source: package.Package, task: Task, ratio: float
+) -> tuple[Outcome, float]:
+    """Make a trained network so many times smaller by a method, and count the processor's seconds.
+
+    Args:
+        table: Methods by name.
+        text: Config that names one of them, which does not train.
+        source: The trained network.
+        task: Where calibration images come from.
+        ratio: Of the bytes of its weights to those of the file.
+    """
+    _, method, config = settings.choose(table, text)
+    images = calibration(task, config.images, 0)
+    started = time.process_time()
+    made = method(source.network, images, config, goal=goal_of(source, ratio), seed=0)
+    return made, round(time.process_time() - started, 1)
 
 
 def compare(parser: argparse.ArgumentParser, results: Path, rows_of: RowsOf) -> list[list[Row]]:

@@ -21,15 +21,15 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 import torch
-from comparison import Row, Validation, arguments, compare, goal_of
+from comparison import Row, Validation, arguments, compare, made_by
 from quantizers import once
 from torch.nn import functional as F
 
-from filterpress import package, settings, statistics
+from filterpress import package, statistics
 from filterpress.codec.graph import to_onnx
 from filterpress.measurement import runner
 from filterpress.stages.tables import reducers
-from filterpress.tasks import Task, calibration
+from filterpress.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / "factors.json"
 KINDS = {"factor": ("svd", "tucker", "cp"), "convert": ("spatial", "separable", "low-rank")}
@@ -69,7 +69,6 @@ def measured(encoded: bytes, validation: Validation) -> Row:
         "divergence": round(float(divergence), 6),
         "validation_accuracy": round(task.score(predict, "validation"), 4),
         "accuracy": round(task.score(predict, "test"), 4),
-        "milliseconds": round(milliseconds(encoded, task.input_shape), 3),
     }
 
 
@@ -80,12 +79,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     with patch.object(statistics, "measure", once(statistics.measure)):
         for ratio in given.ratios:
             for text in CONFIGS:
-                _, method, config = settings.choose(reducers(), text)
-                goal = goal_of(source, ratio)
-                images = calibration(task, config.images, 0)
-                started = time.process_time()
-                made = method(source.network, images, config, goal=goal, seed=0)
-                seconds = round(time.process_time() - started, 1)
+                made, seconds = made_by(reducers(), text, source, task, ratio)
                 encoded = package.encode(source, made.model)
                 yield {
                     "ratio": ratio,
@@ -93,6 +87,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
                     "bytes": len(encoded),
                     "macs": package.count(made.model, source.input_shape)[1],
                     **measured(encoded, validation),
+                    "milliseconds": round(milliseconds(encoded, task.input_shape), 3),
                     "expected_damage": round(float(made.notes["distortion"]), 5),
                     "seconds": seconds,
                     "layers": {k: made.notes[k] for k in COUNTS if k in made.notes},

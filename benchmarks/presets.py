@@ -79,7 +79,7 @@ class Point(NamedTuple):
 
 def configs_of(preset: str) -> dict[str, str]:
     """Share the epochs out among the stages that train; without any for those that do not."""
-    if not retrains(preset):
+    if PRESETS[preset].retrain.get("method") == settings.NONE:
         return {}
     left, configs = EPOCHS, {}
     if preset in TRAINING:
@@ -88,11 +88,6 @@ def configs_of(preset: str) -> dict[str, str]:
         left -= EARLY
     retrain = {"epochs": left, "epoch_steps": EPOCH_STEPS, "margin": 0.5}  # no early stop
     return configs | {"retrain": json.dumps(retrain)}
-
-
-def retrains(preset: str) -> bool:
-    """Say whether a preset retrains."""
-    return PRESETS[preset].retrain.get("method") != settings.NONE
 
 
 def run(runs: networks.Runs, point: Point, weights: str) -> Json:
@@ -114,7 +109,8 @@ def run(runs: networks.Runs, point: Point, weights: str) -> Json:
 
 def compress(runs: networks.Runs, point: Point, folder: Path) -> Path:
     """Compress the trained network and return the package that was evaluated last."""
-    configs, n_retrains = configs_of(point.preset), int(retrains(point.preset))
+    configs = configs_of(point.preset)
+    n_retrains = int("retrain" in configs)
     thresholds = ("--max-size", point.size, "--min-accuracy", "-0pp")
     runs.run(
         *("compress", folder, "--weights", str(runs.out / "train" / "weights.safetensors")),

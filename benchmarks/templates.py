@@ -16,21 +16,20 @@ printed (docs/adr/0023).
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-from comparison import Row, Validation, arguments, compare, goal_of
+from comparison import Row, Validation, arguments, compare, made_by
 from factors import measured
 from quantizers import once
 from torch import nn
 
-from filterpress import package, settings, statistics
+from filterpress import package, statistics
 from filterpress.measurement import layer_rows
 from filterpress.stages.tables import clusterers, reducers
 from filterpress.surgery import layers
-from filterpress.tasks import Task, calibration
+from filterpress.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / "templates.json"
 SCOPES = ("layer", "group", "net")
@@ -47,26 +46,20 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     validation = Validation(source.network, task)
     convolutions = [m for m in layers(source.network).values() if isinstance(m, nn.Conv2d)]
     in_16_bits = 2 * sum(convolution.weight.numel() for convolution in convolutions)
+    methods = {**clusterers(), **reducers()}
     with patch.object(statistics, "measure", once(statistics.measure)):
         for ratio in given.ratios:
             for text in CONFIGS:
-                _, method, config = settings.choose({**clusterers(), **reducers()}, text)
-                goal = goal_of(source, ratio)
-                images = calibration(task, config.images, 0)
-                started = time.process_time()
-                made = method(source.network, images, config, goal=goal, seed=0)
-                seconds = round(time.process_time() - started, 1)
+                made, seconds = made_by(methods, text, source, task, ratio)
                 encoded = package.encode(source, made.model)
                 rows = layer_rows(encoded, made.model)
                 taken = sum(row["n_bytes"] for row in rows if len(row["shape"]) == 4)
-                figures = measured(encoded, validation)
-                del figures["milliseconds"]
                 yield {
                     "ratio": ratio,
                     "config": text,
                     "bytes": len(encoded),
                     "against_16_bits": round(in_16_bits / taken, 2),
-                    **figures,
+                    **measured(encoded, validation),
                     "expected_damage": round(float(made.notes["distortion"]), 5),
                     "shared": made.notes.get("shared", 0),
                     "layers": len(rows),
