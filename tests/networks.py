@@ -226,7 +226,7 @@ class Imitation:
         n = len(labels)
         order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
         for index in order.split(batch_size):
-            yield images[index], labels[index]
+            yield images[index].to(device), labels[index].to(device)
 
     def size(self, split):
         return len(self.sets[split][1])

@@ -198,7 +198,7 @@ def code_lengths(integers: Tensor) -> Tensor:
     """
     magnitudes = integers.abs().clamp(max=LARGEST).long().flatten()
     counts = torch.bincount(magnitudes, minlength=LARGEST + 1).double()
-    falling = 0.5 ** torch.arange(LARGEST + 1, dtype=torch.float64)
+    falling = 0.5 ** torch.arange(LARGEST + 1, dtype=torch.float64, device=counts.device)
     share = counts / counts.sum() + 0.02 * falling + 1e-9
     bits = -(share / share.sum()).log2()
     bits[1:] += 1
