@@ -173,7 +173,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
             percent: Publish: share of these vehicles that take part at once.
             cpu: Cluster: CPUs that a step asks for.
             memory: Cluster: memory of a step; one that needs more is ended.
-            accelerators: Cluster: accelerators of each step that trains.
+            accelerators: Cluster: accelerators of each step that trains, or may.
             accelerator: Cluster: their kind, as nodes offer it.
             node_selector: Cluster: JSON object of labels of the nodes that train.
             tolerations: Cluster: JSON list of taints that the steps which train tolerate.

@@ -17,7 +17,8 @@ PARAMETERS = ("cpu", "memory", "accelerator", "accelerators", "node_selector", "
 #: An amount, as Kubernetes writes it.
 AMOUNT = re.compile(r"\d+(\.\d+)?([EPTGMk]i?|m)?")
 
-_TRAIN = ("train", "search", "retrain")
+#: Steps that train; prune and reduce do with some methods, which only a run knows.
+_TRAIN = ("train", "prune", "search", "reduce", "retrain")
 _LIGHT = ("check", "give-up", "report", "curve")
 _UNCACHED = ("publish", "give-up", "report")
 

@@ -68,6 +68,10 @@ def make_round(number: int, size_tries: int, policy: Policy) -> GraphComponent:
         task: str,
         cpu: str,
         memory: str,
+        accelerator: str,
+        accelerators: str,
+        node_selector: dict,
+        tolerations: list,
     ) -> Decided:
         given = {**locals(), "round": number, "policy": policy}
         for _ in range(size_tries):

@@ -100,7 +100,7 @@ def build_sweep(
             retrain_config: Methods: JSON object that overrides fields of the retraining's config.
             cpu: Cluster: CPUs that a step asks for.
             memory: Cluster: memory of a step; one that needs more is ended.
-            accelerators: Cluster: accelerators of each step that trains.
+            accelerators: Cluster: accelerators of each step that trains, or may.
             accelerator: Cluster: their kind, as nodes offer it.
             node_selector: Cluster: JSON object of labels of the nodes that train.
             tolerations: Cluster: JSON list of taints that the steps which train tolerate.

@@ -242,7 +242,7 @@ def test_every_step_gets_what_it_asks_for_wherever_it_is(make, bounds, version):
         count = resources.pop("example.com/gpu", None)
         memory = dict.fromkeys(["resourceMemoryRequest", "resourceMemoryLimit"], 5 * 2**30)
         assert resources == {"resourceCpuRequest": 3, **memory}
-        trains = name in ("train", "search", "retrain")
+        trains = name in ("train", "prune", "search", "reduce", "retrain")
         assert count == (2 if trains else None)
         assert step.pod["labels"] == (ASKED["node_selector"] if trains else {})
         assert step.pod["tolerations"] == (ASKED["tolerations"] if trains else [])

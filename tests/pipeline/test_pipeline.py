@@ -253,7 +253,7 @@ def asked(spec, function):
     ][label]
 
 
-@pytest.mark.parametrize("function", ["train", "search", "retrain"])
+@pytest.mark.parametrize("function", ["train", "prune", "search", "reduce", "retrain"])
 def test_what_trains_asks_for_accelerators_and_nodes_that_have_them(function):
     resources, platform = asked(compiled(), function)
     assert "accelerators" in resources["accelerator"]["resourceCount"]
@@ -261,7 +261,7 @@ def test_what_trains_asks_for_accelerators_and_nodes_that_have_them(function):
     assert "tolerations" in str(platform["tolerations"])
 
 
-@pytest.mark.parametrize("function", ["prune", "cluster", "reduce", "evaluate", "publish"])
+@pytest.mark.parametrize("function", ["cluster", "evaluate", "publish"])
 def test_what_does_not_train_asks_for_memory_and_cpus_only(function):
     resources, platform = asked(compiled(), function)
     assert set(resources) == {"resourceCpuRequest", "resourceMemoryLimit", "resourceMemoryRequest"}
