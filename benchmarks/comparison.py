@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from filterpress.tasks import Task, calibration, load_task
 from filterpress.training import predictor
 
 Row = dict[str, Any]
+Other = tuple[object, str, object]  # what has a name, the name, and what else it is to stand for
 RowsOf = Callable[[Path, Task, argparse.Namespace], Iterator[Row]]
 
 
@@ -80,6 +83,15 @@ def goal_of(source: package.Package, ratio: float) -> Goal:
         int(source.baseline["n_bytes"] / ratio),
         lambda network: len(package.encode(source, network)),
     )
+
+
+@contextmanager
+def otherwise(others: Iterable[Other]) -> Iterator[None]:
+    """Make decisions of the library otherwise for a while."""
+    with ExitStack() as stack:
+        for owner, name, value in others:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
 
 
 def made_by(

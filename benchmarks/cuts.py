@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from comparison import Row, arguments, compare
+from comparison import Row, arguments, compare, otherwise
 from torch import Tensor
 
 from filterpress import chains, compensation, cuts, package, statistics
@@ -63,9 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def option_of(layer: Layer, moments: Moments, kind: str, patches: dict[str, Any]) -> Option:
     """Return the chain of a kind that is nearest to the share of the weights."""
     wanted = SHARE * layer.weight.numel()
-    with ExitStack() as stack:
-        for name, made in patches.items():
-            stack.enter_context(patch.object(chains, name, made))
+    with otherwise((chains, name, made) for name, made in patches.items()):
         found = chains.chain_options(layer, moments, [kind])[1:]
     return min(found, key=lambda option: abs(weights_of(option, layer) - wanted))
 

@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-from comparison import Row, Validation, arguments, compare, goal_of
+from comparison import Other, Row, Validation, arguments, compare, goal_of, otherwise
 from torch import nn
 
 from filterpress import package, soft_levels
@@ -52,24 +50,24 @@ def inwards(share: float) -> Callable[..., nn.Module]:
 
 
 class Way(NamedTuple):
-    """What is otherwise: fields of the config, and names in `quantize_jointly` or `soft_levels`."""
+    """What is otherwise: fields of the config, and decisions of the library."""
 
     fields: Row
-    names: Row
+    others: tuple[Other, ...] = ()
 
 
 WAYS = {
-    "as it is": Way({}, {}),
-    "from inside": Way({}, {"without_quantization": inwards(0.5)}),
-    "from the edge": Way({}, {"without_quantization": inwards(0.0)}),
-    "warmer": Way({}, {"COLD": 0.1}),
-    "higher thresholds": Way({}, {"FIRST_LEVEL": -0.4}),  # 0.7 steps
-    "sgd": Way({"optimizer": "sgd", "lr": 0.02}, {}),
-    "slower": Way({"lr": 0.0005}, {}),
-    "faster": Way({"lr": 0.008}, {}),
-    "slow price": Way({}, {"PULL": 100.0}),
-    "quick price": Way({}, {"PULL": 1600.0}),
-    "weights only": Way({"act_bits": 0}, {}),
+    "as it is": Way({}),
+    "from inside": Way({}, ((joint, "without_quantization", inwards(0.5)),)),
+    "from the edge": Way({}, ((joint, "without_quantization", inwards(0.0)),)),
+    "warmer": Way({}, ((joint, "COLD", 0.1),)),
+    "higher thresholds": Way({}, ((soft_levels, "FIRST_LEVEL", -0.4),)),  # 0.7 steps
+    "sgd": Way({"optimizer": "sgd", "lr": 0.02}),
+    "slower": Way({"lr": 0.0005}),
+    "faster": Way({"lr": 0.008}),
+    "slow price": Way({}, ((joint, "PULL", 100.0),)),
+    "quick price": Way({}, ((joint, "PULL", 1600.0),)),
+    "weights only": Way({"act_bits": 0}),
 }
 
 
@@ -98,14 +96,11 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
             "rounded", seed, begin(source.network, images, JointConfig(), goal, seed).model, {}
         )
         for name in given.ways:
-            fields, names = WAYS[name]
+            fields, others = WAYS[name]
             config = JointConfig(epochs=given.epochs, epoch_steps=given.epoch_steps, **fields)
             before = time.process_time()
             try:
-                with ExitStack() as stack:
-                    for key, value in names.items():
-                        owner = soft_levels if hasattr(soft_levels, key) else joint
-                        stack.enter_context(patch.object(owner, key, value))
+                with otherwise(others):
                     made = quantize_jointly(source.network, task, config, goal=goal, seed=seed)
             except ModelError as error:  # a way that diverges is a result
                 yield {"way": name, "ratio": given.ratio, "seed": seed, "error": str(error)}

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
-from comparison import Row, Validation, arguments, compare
+from comparison import Other, Row, Validation, arguments, compare, otherwise
 from torch import Tensor, nn
 
 from filterpress import allocation, package, rounding, statistics
@@ -36,22 +33,15 @@ RESULTS = Path(__file__).parent / "results" / "rounding.json"
 WAYS = ("as it is", "filters apart", "whole damage", "no cluster", "all levels")
 
 
-@contextmanager
-def undone(way: str) -> Iterator[None]:
-    """Undo a decision."""
-    with ExitStack() as stack:
-
-        def put(owner: Any, name: str, value: object) -> None:
-            stack.enter_context(patch.object(owner, name, value))
-
-        if way == "filters apart":
-            put(statistics, "measure", apart(statistics.measure))
-        if way == "whole damage":
-            put(allocation, "LEFT", 1.0)
-            for module in (allocation, rounding, merge_filters):
-                put(module, "SLOPE", SLOPE / LEFT)
-            put(rounding, "BITS_COUNT", rounding.BITS_COUNT * LEFT)
-        yield
+def others_of(way: str) -> Iterator[Other]:
+    """Say what a way makes otherwise."""
+    if way == "filters apart":
+        yield statistics, "measure", apart(statistics.measure)
+    if way == "whole damage":
+        yield allocation, "LEFT", 1.0
+        for module in (allocation, rounding, merge_filters):
+            yield module, "SLOPE", SLOPE / LEFT
+        yield rounding, "BITS_COUNT", rounding.BITS_COUNT * LEFT
 
 
 def apart(measure: Callable[..., dict[str, Moments]]) -> Callable[..., dict[str, Moments]]:
@@ -79,7 +69,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     for ratio, way in product(given.ratios, WAYS):
         max_bytes = int(trained.baseline["n_bytes"] / ratio)
         goal = Goal(max_bytes, size)
-        with undone(way):
+        with otherwise(others_of(way)):
             network = source.network
             if way != "no cluster":
                 network = merge_filters.merge_filters(

@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from comparison import Row, Validation, arguments, compare, goal_of
+from comparison import Other, Row, Validation, arguments, compare, goal_of, otherwise
 from torch import Tensor, nn
 
 from filterpress import package, statistics
@@ -152,39 +150,33 @@ def uses_of(source: package.Package) -> dict[str, float]:
     return {name: n / layers(source.network)[name].weight.numel() for name, n in macs.items()}
 
 
-def otherwise(
-    stack: ExitStack, way: str, source: package.Package, task: Task, n_steps: int
-) -> None:
-    """Make one decision otherwise until a stack is closed; thresholds learn for so many steps."""
+def others_of(way: str, source: package.Package, task: Task, n_steps: int) -> Iterator[Other]:
+    """Say what a way makes otherwise; thresholds learn for so many steps."""
     uses = uses_of(source)
-
-    def put(owner: Any, name: str, value: object) -> None:
-        stack.enter_context(patch.object(owner, name, value))
-
     match way:
         case "even":
-            put(learn_thresholds, "thresholded_", only_together)
+            yield learn_thresholds, "thresholded_", only_together
         case "other function":
-            put(learn_thresholds, "soft_threshold", other_function)
+            yield learn_thresholds, "soft_threshold", other_function
         case "fixed":
-            put(Thresholded, "beta", property(lambda form: form.sharpness / form.alpha))
+            yield Thresholded, "beta", property(lambda form: form.sharpness / form.alpha)
         case "annealed":
             beta, cost_of = annealed(n_steps)
-            put(Thresholded, "beta", beta)
-            put(learn_thresholds, "cost_of_survivors", cost_of)
+            yield Thresholded, "beta", beta
+            yield learn_thresholds, "cost_of_survivors", cost_of
         case "priced by macs":
-            put(learn_thresholds, "cost_of_survivors", priced(uses))
+            yield learn_thresholds, "cost_of_survivors", priced(uses)
         case "weights kept":
-            put(learn_thresholds, "cut", with_weights)
+            yield learn_thresholds, "cut", with_weights
         case "by weight":
-            put(prune_by_macs, "allowances", lambda _, epsilon: _ALLOWANCES(uses, epsilon))
+            yield prune_by_macs, "allowances", lambda _, epsilon: _ALLOWANCES(uses, epsilon)
         case "alike":
             same = dict.fromkeys(uses, 1.0)
-            put(prune_by_macs, "allowances", lambda _, epsilon: _ALLOWANCES(same, epsilon))
+            yield prune_by_macs, "allowances", lambda _, epsilon: _ALLOWANCES(same, epsilon)
         case "outputs":
-            put(prune_by_macs, "ladder", of_outputs(source, task))
+            yield prune_by_macs, "ladder", of_outputs(source, task)
         case "from the deviation":
-            put(Ladder, "threshold", from_the_deviation)
+            yield Ladder, "threshold", from_the_deviation
 
 
 def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
@@ -200,8 +192,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     for name in given.ways or [f"{method}/{way}" for method in WAYS for way in WAYS[method]]:
         method, _, way = name.partition("/")
         for seed in range(given.seeds):
-            with ExitStack() as stack:
-                otherwise(stack, way, source, task, n_steps)
+            with otherwise(others_of(way, source, task, n_steps)):
                 if method == "threshold":
                     made = learn_thresholds.learn_thresholds(
                         source.network, task, config, goal=goal, seed=seed
