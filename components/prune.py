@@ -16,6 +16,7 @@ def prune(
     data_dir: str,
     image_size: int,
     task: str,
+    scratch: str,
     pruned: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -32,6 +33,7 @@ def prune(
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
+        scratch: Folder or bucket for checkpoints; empty for none.
         pruned: Package with less in it.
         page: The story of the package so far.
         report: What the stage found.
@@ -51,6 +53,7 @@ def prune(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
+        scratch=scratch,
     )
     recording.record(found, report, pruned)
     reporting.write_html(Path(pruned.path), Path(page.path))

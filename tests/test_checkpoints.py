@@ -375,6 +375,39 @@ def test_a_network_that_is_taken_as_it_is_needs_no_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "saliency", "steps": 2, "epochs": 2, "rate": 0.5},
+        {"method": "threshold", "learning_epochs": 2, "epochs": 2},
+        {"method": "macs", "epochs": 4},
+    ],
+    ids=lambda config: config["method"],
+)
+@pytest.mark.parametrize("died", [2, 4])
+def test_pruning_that_was_killed_goes_on_in_the_same_training(
+    config, died, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (1.0,))  # after every epoch
+    scratch = tmp_path / "scratch"
+    pruning = config | {"batch_size": 64, "precision": "float32"}
+    given = {"task": GIVEN["task"], "max_size": "12x", "config": json.dumps(pruning)}
+    with tiny.one_thread():
+        stages.train(tmp_path / "train", **GIVEN, config=tiny.TRAINED)
+        stages.prune(tmp_path / "train", tmp_path / "undisturbed", **given)
+        monkeypatch.setenv("DIE_IN", str(died))
+        with pytest.raises(KilledError):
+            stages.prune(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
+        monkeypatch.delenv("DIE_IN")
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            stages.prune(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
+    trained = [r for r in caplog.messages if r.startswith("epoch ")]
+    assert len(trained) == 5 - died
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not [path for path in scratch.rglob("*") if path.is_file()]
+
+
 def test_a_search_that_was_killed_goes_on_in_its_retraining(tmp_path, monkeypatch, caplog):
     save = Checkpoint.save
 

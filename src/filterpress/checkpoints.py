@@ -188,6 +188,37 @@ class Checkpoint:
         return saved
 
 
+class Checkpoints:
+    """Those of the trainings that a stage does one after the other.
+
+    A stage that was stopped begins with its first training again. Each goes on from its own
+    checkpoint, so those that had ended take no time.
+
+    Args:
+        scratch: The place; None for no checkpoints.
+        name: What the stage's trainings have in common, see `name_of`.
+    """
+
+    def __init__(self, scratch: Scratch | None = None, name: str = "") -> None:
+        self._scratch, self._name = scratch, name
+        self._taken: list[Checkpoint] = []
+
+    def take(self) -> Checkpoint | None:
+        """Return that of the next training."""
+        if self._scratch is None:
+            return None
+        self._taken.append(Checkpoint(self._scratch, f"{self._name}-{len(self._taken) + 1}"))
+        return self._taken[-1]
+
+    def delete(self) -> None:
+        """Remove all that were taken."""
+        for checkpoint in self._taken:
+            checkpoint.delete()
+
+
+NO_CHECKPOINTS = Checkpoints()
+
+
 def name_of(
     stage: str, settings: Mapping[str, Any], packages: Iterable[Path], weights: str = ""
 ) -> str:

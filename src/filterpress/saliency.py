@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress import statistics
+from filterpress.checkpoints import Checkpoints
 from filterpress.errors import ModelError
 from filterpress.fitting import Goal
 from filterpress.grids import range_grid
@@ -124,6 +125,7 @@ def prune_in_turns(
     *,
     goal: Goal,
     seed: int,
+    checkpoints: Checkpoints,
 ) -> Pruned:
     """Prune and retrain by turns.
 
@@ -134,6 +136,7 @@ def prune_in_turns(
         plan: Given the network in plain form and calibration images, says how to prune it.
         goal: The budget, from which the rate follows where the config has none.
         seed: Seed of the retrains.
+        checkpoints: Where retrains go on from, if they are there.
 
     Returns:
         The network in plain form, or a copy of the one given where nothing need go or can; the
@@ -160,7 +163,8 @@ def prune_in_turns(
             saliency = measure(network, task, config)
         way.remove_(network, way.kept(saliency, share))
         statistics.recalibrate_(network, images)
-        result = fine_tune_(network, teacher, task, config, seed=seed + turn)
+        checkpoint = checkpoints.take()
+        result = fine_tune_(network, teacher, task, config, seed=seed + turn, checkpoint=checkpoint)
     channels = cut_unread_(network, images[:2]) if way.shrink else 0
     after = weights_left(network)
     notes: dict[str, float | str] = {

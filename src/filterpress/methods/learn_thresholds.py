@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from filterpress import statistics
+from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
 from filterpress.representations import UNROUNDED, form_of, without_quantization
@@ -151,7 +152,13 @@ class Thresholded(nn.Module):
 
 
 def learn_thresholds(
-    model: nn.Module, task: Task, config: ThresholdConfig, *, goal: Goal, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    config: ThresholdConfig,
+    *,
+    goal: Goal,
+    seed: int = 0,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Outcome:
     """Learn a threshold for each layer, prune below, and train what is left.
 
@@ -161,6 +168,7 @@ def learn_thresholds(
         config: How to learn.
         goal: Its budget tells how many weights survive.
         seed: Seed of the order of the images and their augmentation.
+        checkpoints: Where training goes on from, if they are there.
 
     Returns:
         The network, as many of its weights zero as the budget asks for; the share ``pruned``; the
@@ -182,9 +190,11 @@ def learn_thresholds(
         seed=seed,
         description="threshold",
         penalty=cost_of_survivors(student, share, config.strictness),
+        checkpoint=checkpoints.take(),
     )
     result, kept, factor = cut(student, share)
-    tuned = fine_tune_(result, teacher, task, config, seed=seed + 1, description="retrain")
+    checkpoint = checkpoints.take()
+    tuned = fine_tune_(result, teacher, task, config, seed=seed + 1, checkpoint=checkpoint)
     notes = {
         "pruned": 1 - surviving(result),
         "factor": factor,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from filterpress import statistics
+from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.fitting import Goal, meet
 from filterpress.methods import Outcome
 from filterpress.package import macs_by_layer
@@ -144,7 +145,13 @@ def thresholds(
 
 
 def prune_by_macs(
-    model: nn.Module, task: Task, config: MacsConfig, *, goal: Goal, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    config: MacsConfig,
+    *,
+    goal: Goal,
+    seed: int = 0,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Outcome:
     """Prune the weights of a network by what its layers cost to run, and train what is left.
 
@@ -154,6 +161,7 @@ def prune_by_macs(
         config: How far to prune, and how to train.
         goal: Its budget tells how many weights survive, where ``macs`` is 0.
         seed: Seed of the order of the images and their augmentation.
+        checkpoints: Where training goes on from, if they are there.
 
     Returns:
         The network with zeros; the share ``pruned``, the share of ``macs`` of weights that are not
@@ -176,7 +184,8 @@ def prune_by_macs(
     result = copy.deepcopy(teacher)
     kept = {name: weight.abs() > chosen[name] for name, weight in weights.items()}
     prune_(result, kept)
-    tuned = fine_tune_(result, teacher, task, config, seed=seed)
+    checkpoint = checkpoints.take()
+    tuned = fine_tune_(result, teacher, task, config, seed=seed, checkpoint=checkpoint)
     told = {n: _told(weights[n], kept[n], chosen[n], macs[n]) for n in macs}
     notes = {
         "pruned": 1 - surviving(result),

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
 from filterpress.saliency import PruningConfig, Way, kept_of, prune_in_turns
@@ -43,7 +44,13 @@ class SaliencyConfig(PruningConfig):
 
 
 def prune_salient(
-    model: nn.Module, task: Task, config: SaliencyConfig, *, goal: Goal, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    config: SaliencyConfig,
+    *,
+    goal: Goal,
+    seed: int = 0,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Outcome:
     """Prune the weights of a network by their saliency, and retrain it.
 
@@ -53,6 +60,7 @@ def prune_salient(
         config: How much, and in which turns.
         goal: The budget, which decides how much where the config does not.
         seed: Seed of the retrains.
+        checkpoints: Where retrains go on from, if they are there.
 
     Returns:
         The network with zeros among its weights, and what `prune_in_turns` notes.
@@ -61,7 +69,10 @@ def prune_salient(
         ModelError: A weight or a gradient is not finite.
     """
     way = Way(kept_weights, prune_, shrink=True)
-    return Outcome(*prune_in_turns(model, task, config, lambda *_: way, goal=goal, seed=seed))
+    pruned = prune_in_turns(
+        model, task, config, lambda *_: way, goal=goal, seed=seed, checkpoints=checkpoints
+    )
+    return Outcome(*pruned)
 
 
 def kept_weights(saliency: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:

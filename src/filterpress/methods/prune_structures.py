@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from filterpress import package, statistics
+from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.compensation import PRUNED, refit
 from filterpress.fitting import Goal
 from filterpress.methods import Outcome
@@ -97,7 +98,13 @@ class StructureConfig(PruningConfig):
 
 
 def prune_structures(
-    model: nn.Module, task: Task, config: StructureConfig, *, goal: Goal, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    config: StructureConfig,
+    *,
+    goal: Goal,
+    seed: int = 0,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Outcome:
     """Prune a network in pieces by their saliency, and retrain it.
 
@@ -107,6 +114,7 @@ def prune_structures(
         config: Which pieces, how much, and in which turns.
         goal: The budget, which decides how much where the config does not.
         seed: Seed of the retrains.
+        checkpoints: Where retrains go on from, if they are there.
 
     Returns:
         The network with fewer channels, or with zeros, and what `prune_in_turns` notes.
@@ -127,7 +135,10 @@ def prune_structures(
             kept = partial(kept_filters, network, groups, costs, config.multiple)
         return Way(kept, make_up_, shrink=True)
 
-    return Outcome(*prune_in_turns(model, task, config, plan, goal=goal, seed=seed))
+    pruned = prune_in_turns(
+        model, task, config, plan, goal=goal, seed=seed, checkpoints=checkpoints
+    )
+    return Outcome(*pruned)
 
 
 def kept_filters(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filterpress import files
 from filterpress.presets import DEFAULT
@@ -23,6 +23,7 @@ from filterpress.stages.handover import (
 from filterpress.stages.tables import chosen
 
 if TYPE_CHECKING:
+    from filterpress.checkpoints import Checkpoints
     from filterpress.fitting import Goal
     from filterpress.methods import Outcome
     from filterpress.package import Package
@@ -40,6 +41,7 @@ def prune(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    scratch: str = "",
     preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
@@ -55,6 +57,8 @@ def prune(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of everything random.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which the trainings of a method
+            that trains go on if they were killed; empty for none.
         preset: Name of the methods and settings that config goes over; `filterpress presets`
             lists them.
         config: JSON object with a method and fields of its config, such as {"threshold": 0.9};
@@ -63,16 +67,20 @@ def prune(
     Returns:
         Report with what was removed and the size that is left.
     """
+    given = {k: v for k, v in locals().items() if k not in ("model", "out", "scratch")}
     from filterpress import package
 
     choice = chosen("prune", preset, config)
     source = package.load(model)
-    goal = _goal(source, max_size) if trains(choice) else None
+    checkpoints = _checkpoints(scratch, given, model)
+    more = {"goal": _goal(source, max_size), "checkpoints": checkpoints} if trains(choice) else {}
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, goal)
+    outcome = _apply(choice, source, its_task, seed, **more)
     report = {"stage": "prune", "method": choice.name, **outcome.notes}
-    return hand_on(out, source, outcome.model, report, outcome.layers)
+    whole = hand_on(out, source, outcome.model, report, outcome.layers)
+    checkpoints.delete()
+    return whole
 
 
 def cluster(
@@ -120,7 +128,7 @@ def cluster(
     goal = _goal(source, max_size, avoid=_failed(source, "cluster", round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, goal)
+    outcome = _apply(choice, source, its_task, seed, goal=goal)
     report = {"stage": "cluster", "method": choice.name, "round": round, **outcome.notes}
     return hand_on(out, source, outcome.model, report, outcome.layers)
 
@@ -170,7 +178,7 @@ def reduce(
     goal = _goal(source, max_size, avoid=_failed(source, "reduce", round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, goal)
+    outcome = _apply(choice, source, its_task, seed, goal=goal)
     report = {"stage": "reduce", "method": choice.name, "round": round, **outcome.notes}
     return hand_on(out, source, outcome.model, report, outcome.layers, goal.max_bytes)
 
@@ -197,7 +205,17 @@ def _failed(source: Package, stage: str, round: int) -> frozenset[str]:
     return frozenset(h["allocation"] for h in earlier if "allocation" in h)
 
 
-def _apply(choice: Choice, source: Package, task: Task, seed: int, goal: Goal | None) -> Outcome:
+def _checkpoints(scratch: str, given: Report, model: Path) -> Checkpoints:
+    """Open the checkpoints of a stage's trainings, unless it is to have none."""
+    from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints, name_of
+    from filterpress.scratch import open_scratch
+
+    if not scratch:
+        return NO_CHECKPOINTS
+    return Checkpoints(open_scratch(scratch), name_of("prune", given, [model]))
+
+
+def _apply(choice: Choice, source: Package, task: Task, seed: int, **more: Any) -> Outcome:
     """Apply a method to the network of a package."""
     from filterpress.methods import Outcome
     from filterpress.tasks import calibration
@@ -205,6 +223,5 @@ def _apply(choice: Choice, source: Package, task: Task, seed: int, goal: Goal | 
     if choice.method is None:
         return Outcome(copy.deepcopy(source.network), {}, {})
     data = task if trains(choice) else calibration(task, choice.config.images, seed)
-    more = {} if goal is None else {"goal": goal}
     made: Outcome = choice.method(source.network, data, choice.config, **more, seed=seed)
     return made
