@@ -38,8 +38,20 @@ FUNCTIONS = len(test_components.STAGES) - len(["curve"])  # which is of the swee
 
 
 @functools.cache
+def built(**bounds):
+    return module.build(**bounds)
+
+
+@functools.cache
 def compiled(**bounds):
-    return json_format.MessageToDict(module.build(**bounds).pipeline_spec)
+    return json_format.MessageToDict(built(**bounds).pipeline_spec)
+
+
+@functools.cache
+def settings_of(**bounds):
+    """Return what steps ask of a cluster besides the resources of their containers."""
+    found = json_format.MessageToDict(built(**bounds).platform_spec)
+    return found["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
 def every_task(spec):
@@ -169,7 +181,7 @@ def test_compiling_gives_the_same_bytes_in_every_process(tmp_path):
 
 
 def test_the_committed_pipeline_is_what_compiling_gives(tmp_path):
-    compiler.Compiler().compile(module.build(), str(tmp_path / "fresh.yaml"))
+    compiler.Compiler().compile(built(), str(tmp_path / "fresh.yaml"))
     fresh = (tmp_path / "fresh.yaml").read_text(encoding="utf-8")
     assert module.COMPILED.read_text(encoding="utf-8") == fresh, "run: python pipeline.py compile"
 
@@ -197,7 +209,7 @@ def test_a_measurement_may_come_from_the_cache_of_one_machine_but_a_side_effect_
 
 
 def test_the_defaults_are_those_of_the_library():
-    given = inspect.signature(module.build(rounds=1).pipeline_func).parameters
+    given = inspect.signature(built(rounds=1).pipeline_func).parameters
     known = inspect.signature(compress).parameters
     compile_time = {"out", "size_tries"}
     shared = set(given) - set(CLUSTER_ONLY)
@@ -231,7 +243,7 @@ def test_every_setting_that_can_be_looked_at_beforehand_is():
         "rounds",
         "retrains",
     }
-    given = set(inspect.signature(module.build(rounds=1).pipeline_func).parameters)
+    given = set(inspect.signature(built(rounds=1).pipeline_func).parameters)
     names = {
         "weights",
         "data_dir",
@@ -247,10 +259,7 @@ def asked(spec, function):
     """Return what a step asks of a cluster: of its container, and of the platform."""
     executors = spec["deploymentSpec"]["executors"]
     (label,) = [n for n, e in executors.items() if e["container"]["args"][-1] == function]
-    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
-    return executors[label]["container"].get("resources", {}), platform["deploymentSpec"][
-        "executors"
-    ][label]
+    return executors[label]["container"].get("resources", {}), settings_of()[label]
 
 
 @pytest.mark.parametrize("function", ["train", "prune", "search", "reduce", "retrain"])
@@ -277,16 +286,13 @@ def test_a_step_is_tried_again_unless_its_failure_is_what_it_is_for():
 
 
 def test_no_step_hangs_for_ever():
-    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
-    settings = platform["deploymentSpec"]["executors"]
+    settings = settings_of()
     assert settings.keys() == compiled()["deploymentSpec"]["executors"].keys()
     assert {entry["activeDeadlineSeconds"] for entry in settings.values()} == {str(24 * 3600)}
 
 
 def test_every_step_pulls_its_image_with_the_secrets_that_are_named():
-    pipeline = module.build(rounds=1, policy=Policy(pull_secrets=("registry",)))
-    (platform,) = json_format.MessageToDict(pipeline.platform_spec)["platforms"].values()
-    for entry in platform["deploymentSpec"]["executors"].values():
+    for entry in settings_of(rounds=1, policy=Policy(pull_secrets=("registry",))).values():
         assert "registry" in str(entry["imagePullSecret"])
 
 
@@ -314,9 +320,8 @@ def test_every_component_runs_the_function_that_its_task_is_named_after():
 
 
 def test_the_step_that_signs_is_shown_the_keys_and_no_other_step_is():
-    (platform,) = json_format.MessageToDict(module.build().platform_spec)["platforms"].values()
-    shown = {n: e for n, e in platform["deploymentSpec"]["executors"].items() if "secret" in str(e)}
-    assert list(shown) == ["exec-publish"]
+    shown = {name for name, entry in settings_of().items() if "secret" in str(entry)}
+    assert shown == {"exec-publish"}
     (volume,) = asked(compiled(), "publish")[1]["secretAsVolume"]
     assert volume["mountPath"] == "/etc/filterpress/keys"
     assert volume["optional"]  # a run that publishes nothing needs no keys
