@@ -66,6 +66,7 @@ def make_round(number: int, size_tries: int, policy: Policy) -> GraphComponent:
         data_dir: str,
         image_size: int,
         task: str,
+        scratch: str,
         cpu: str,
         memory: str,
         accelerator: str,

@@ -18,6 +18,7 @@ def reduce(
     data_dir: str,
     image_size: int,
     task: str,
+    scratch: str,
     reduced: dsl.Output[dsl.Model],
     page: dsl.Output[dsl.HTML],
     report: dsl.Output[dsl.Metrics],
@@ -36,6 +37,7 @@ def reduce(
         data_dir: Folder or bucket of the data set.
         image_size: Pixels a side; 0 keeps the data set's own.
         task: Your own task, as package.module:function.
+        scratch: Folder or bucket for checkpoints; empty for none.
         reduced: Package with smaller weights.
         page: The story of the package so far.
         report: What the stage found.
@@ -60,6 +62,7 @@ def reduce(
         data_dir=data_dir,
         image_size=image_size,
         task=task,
+        scratch=scratch,
     )
     recording.record(found, report, reduced)
     reporting.write_html(Path(reduced.path), Path(page.path), found)

@@ -376,32 +376,33 @@ def test_a_network_that_is_taken_as_it_is_needs_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("stage", "size", "config"),
     [
-        {"method": "saliency", "steps": 2, "epochs": 2, "rate": 0.5},
-        {"method": "threshold", "learning_epochs": 2, "epochs": 2},
-        {"method": "macs", "epochs": 4},
+        (stages.prune, "12x", {"method": "saliency", "steps": 2, "epochs": 2, "rate": 0.5}),
+        (stages.prune, "12x", {"method": "threshold", "learning_epochs": 2, "epochs": 2}),
+        (stages.prune, "12x", {"method": "macs", "epochs": 4}),
+        (stages.reduce, "5x", {"method": "joint", "epochs": 4}),
     ],
-    ids=lambda config: config["method"],
+    ids=["saliency", "threshold", "macs", "joint"],
 )
 @pytest.mark.parametrize("died", [2, 4])
-def test_pruning_that_was_killed_goes_on_in_the_same_training(
-    config, died, tmp_path, monkeypatch, caplog
+def test_a_method_that_was_killed_goes_on_in_the_same_training(
+    stage, size, config, died, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (1.0,))  # after every epoch
     scratch = tmp_path / "scratch"
-    pruning = config | {"batch_size": 64, "precision": "float32"}
-    given = {"task": GIVEN["task"], "max_size": "12x", "config": json.dumps(pruning)}
+    quick = json.dumps(config | {"batch_size": 64, "precision": "float32"})
+    given = {"task": GIVEN["task"], "max_size": size, "config": quick}
     with tiny.one_thread():
         stages.train(tmp_path / "train", **GIVEN, config=tiny.TRAINED)
-        stages.prune(tmp_path / "train", tmp_path / "undisturbed", **given)
+        stage(tmp_path / "train", tmp_path / "undisturbed", **given)
         monkeypatch.setenv("DIE_IN", str(died))
         with pytest.raises(KilledError):
-            stages.prune(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
+            stage(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
         monkeypatch.delenv("DIE_IN")
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            stages.prune(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
+            stage(tmp_path / "train", tmp_path / "out", scratch=str(scratch), **given)
     trained = [r for r in caplog.messages if r.startswith("epoch ")]
     assert len(trained) == 5 - died
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")

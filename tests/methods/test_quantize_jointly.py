@@ -11,7 +11,7 @@ from filterpress.activations import Activated, ActivationQuantizer
 from filterpress.fitting import Goal
 from filterpress.methods import quantize_jointly as joint
 from filterpress.methods.quantize_jointly import (
-    Cost,
+    Annealed,
     JointConfig,
     begin,
     harden,
@@ -137,11 +137,11 @@ def test_inputs_that_are_never_negative_have_their_zero_below_all_levels():
 @pytest.mark.parametrize(("n_bytes", "rises"), [(1100, True), (900, False)])
 def test_the_price_follows_the_size_of_the_file(n_bytes, rises):
     student = soften(started().model, 4)
-    cost = Cost(student, 1e-3, 100, Goal(1000, lambda _: n_bytes))
-    first = cost.price
-    penalties = [float(cost().detach()) for _ in range(50)]
-    assert (cost.price > 1.5 * first) == rises
-    assert (cost.price < first / 1.5) == (not rises)
+    soft = Annealed(student, 1e-3, 100, Goal(1000, lambda _: n_bytes))
+    first = float(soft.price)
+    penalties = [float(soft.cost().detach()) for _ in range(50)]
+    assert (soft.price > 1.5 * first) == rises
+    assert (soft.price < first / 1.5) == (not rises)
     form = next(m for m in student.modules() if isinstance(m, SoftWeight))
     assert joint.COLD < form.temperature < WARM
     assert penalties[0] > 0
@@ -149,13 +149,13 @@ def test_the_price_follows_the_size_of_the_file(n_bytes, rises):
 
 def test_the_penalty_is_the_expected_bits_at_the_price():
     student = soften(started().model, 4)
-    cost = Cost(student, 1e-3, 100, Goal(1000, lambda _: 1000))
-    penalty = cost()
+    soft = Annealed(student, 1e-3, 100, Goal(1000, lambda _: 1000))
+    penalty = soft.cost()
     bits = 0.0
     for layer in layers(student).values():
         form = layer.parametrizations.weight[0]
         bits += float(form.bits(layer.parametrizations.weight.original)[0].detach())
-    assert float(penalty.detach()) == pytest.approx(cost.price * bits, rel=1e-4)
+    assert float(penalty.detach()) == pytest.approx(float(soft.price) * bits, rel=1e-4)
     penalty.backward()
     assert all(m.growth.grad.abs().sum() > 0 for m in student.modules() if hasattr(m, "growth"))
 

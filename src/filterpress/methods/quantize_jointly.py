@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 from filterpress import statistics
 from filterpress.activations import Activated, ActivationQuantizer
 from filterpress.allocation import SLOPE, Allocation, Rates, options, steps_of
+from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.fitting import Attempt, Goal, fingerprint, fit_budget
 from filterpress.forms import Quantized
 from filterpress.grids import best_grid, range_grid
@@ -91,7 +92,13 @@ class JointConfig(FineTuneConfig):
 
 
 def quantize_jointly(
-    model: nn.Module, task: Task, config: JointConfig, *, goal: Goal, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    config: JointConfig,
+    *,
+    goal: Goal,
+    seed: int = 0,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Outcome:
     """Prune and quantise a network while training it.
 
@@ -104,6 +111,7 @@ def quantize_jointly(
         config: How to train.
         goal: What its file shall meet.
         seed: Seed of the statistics and of the order of the images.
+        checkpoints: Where training goes on from, if they are there.
 
     Returns:
         The network with quantised layers, whose pruned weights are exactly zero, each behind a
@@ -122,15 +130,22 @@ def quantize_jointly(
     }
     if start.n_bytes > goal.max_bytes:
         return _outcome(start.model, notes)
-    student = soften(start.model, config.bits)
     n_steps = config.epochs * steps_per_epoch(task, config)
-    cost = Cost(student, start.allocation.theta, n_steps, goal)
-    teacher = copy.deepcopy(model)
-    fine_tune_(student, teacher, task, config, seed=seed, description="reduce", penalty=cost)
-    hard = harden(student)
+    soft = Annealed(soften(start.model, config.bits), start.allocation.theta, n_steps, goal)
+    fine_tune_(
+        soft,
+        copy.deepcopy(model),
+        task,
+        config,
+        seed=seed,
+        description="reduce",
+        penalty=soft.cost,
+        checkpoint=checkpoints.take(),
+    )
+    hard = harden(soft.network)
     statistics.recalibrate_(hard, images)
     coarsened = fit_steps_(hard, images, goal)
-    return _outcome(hard, notes | {"price": cost.price, "coarsened": float(coarsened)})
+    return _outcome(hard, notes | {"price": float(soft.price), "coarsened": float(coarsened)})
 
 
 def _outcome(model: nn.Module, notes: dict[str, float | str]) -> Outcome:
@@ -289,12 +304,12 @@ def harden(network: nn.Module) -> nn.Module:
     return result.eval()
 
 
-class Cost:
-    """What the bits of the file cost: a penalty for each step of a training.
+class Annealed(nn.Module):
+    """A softly quantised network in training, and what the bits of its file cost.
 
     The price begins at what a bit is worth to the allocator, and rises or falls while the file is
     larger or smaller than the budget. What the file has besides the code lengths of its integers is
-    measured again from time to time. Each call also cools the quantisers.
+    measured again from time to time. All that the training goes on from is part of the state.
 
     Args:
         network: What `soften` made.
@@ -303,27 +318,45 @@ class Cost:
         goal: What its file shall meet.
     """
 
-    def __init__(self, network: nn.Module, theta: float, n_steps: int, goal: Goal) -> None:
-        self.network, self.n_steps, self.goal = network, n_steps, goal
-        self.price = SLOPE * theta / 8
-        self.step = 0
-        self.target = math.nan  # bits of the integers with which the file would meet the budget
+    price: Tensor  # nats a bit
+    step: Tensor  # of the training, from 0
+    target: Tensor  # bits of the integers with which the file would meet the budget
 
-    def __call__(self) -> Tensor:
-        """Return the penalty ``()`` of the next step."""
-        for module in self.network.modules():
-            if isinstance(module, SoftWeight | SoftActivations):
-                module.temperature = WARM * (COLD / WARM) ** (self.step / self.n_steps)
+    def __init__(self, network: nn.Module, theta: float, n_steps: int, goal: Goal) -> None:
+        super().__init__()
+        self.network, self.n_steps, self.goal = network, n_steps, goal
+        state = {"price": SLOPE * theta / 8, "step": 0.0, "target": math.nan}
+        for name, value in state.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self._cool(float(self.step) - 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the network."""
+        outputs: Tensor = self.network(images)
+        return outputs
+
+    def cost(self) -> Tensor:
+        """Return the penalty ``()`` of the next step, and cool the quantisers."""
+        step, price, target = (float(value) for value in (self.step, self.price, self.target))
+        self._cool(step)
         counted = [
             form.bits(layer.get_parameter(UNROUNDED))
             for layer in layers(self.network).values()
             if isinstance(form := form_of(layer), SoftWeight)
         ]
         expected, bits = (torch.stack(parts).sum() for parts in zip(*counted, strict=True))
-        if self.step % math.ceil(self.n_steps / SIZES) == 0:
+        if step % math.ceil(self.n_steps / SIZES) == 0:
             left = AIM * self.goal.max_bytes - self.goal.size(harden(self.network))
-            self.target = max(1.0, float(bits) + 8 * left)
-        excess = min(max(float(bits) / self.target - 1, -MOST), MOST)
-        self.price *= math.exp(PULL / self.n_steps * excess)
-        self.step += 1
-        return self.price * expected
+            target = max(1.0, float(bits) + 8 * left)
+        excess = min(max(float(bits) / target - 1, -MOST), MOST)
+        price *= math.exp(PULL / self.n_steps * excess)
+        for buffer, value in ((self.step, step + 1), (self.price, price), (self.target, target)):
+            buffer.fill_(value)
+        return price * expected
+
+    def _cool(self, step: float) -> None:
+        for module in self.network.modules():
+            if isinstance(module, SoftWeight | SoftActivations):
+                module.temperature = WARM * (COLD / WARM) ** (max(0.0, step) / self.n_steps)

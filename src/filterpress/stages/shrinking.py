@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filterpress import files
 from filterpress.presets import DEFAULT
@@ -72,11 +72,11 @@ def prune(
 
     choice = chosen("prune", preset, config)
     source = package.load(model)
-    checkpoints = _checkpoints(scratch, given, model)
-    more = {"goal": _goal(source, max_size), "checkpoints": checkpoints} if trains(choice) else {}
+    goal = _goal(source, max_size) if trains(choice) else None
+    checkpoints = _checkpoints(scratch, "prune", given, model)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, **more)
+    outcome = _apply(choice, source, its_task, seed, goal, checkpoints)
     report = {"stage": "prune", "method": choice.name, **outcome.notes}
     whole = hand_on(out, source, outcome.model, report, outcome.layers)
     checkpoints.delete()
@@ -128,7 +128,7 @@ def cluster(
     goal = _goal(source, max_size, avoid=_failed(source, "cluster", round))
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, goal=goal)
+    outcome = _apply(choice, source, its_task, seed, goal)
     report = {"stage": "cluster", "method": choice.name, "round": round, **outcome.notes}
     return hand_on(out, source, outcome.model, report, outcome.layers)
 
@@ -145,6 +145,7 @@ def reduce(
     image_size: int = 0,
     task: str = "",
     seed: int = 0,
+    scratch: str = "",
     preset: str = DEFAULT,
     config: str = "{}",
 ) -> Report:
@@ -161,6 +162,8 @@ def reduce(
         image_size: Height and width to resize images to; 0 keeps the data set's own.
         task: Your own task, package.module:function; empty for image classification.
         seed: Seed of everything random.
+        scratch: Folder or gs://bucket/prefix for checkpoints, from which the training of a method
+            that trains goes on if it was killed; empty for none.
         preset: Name of the methods and settings that config goes over; `filterpress presets`
             lists them.
         config: JSON object with a method and fields of its config, such as {"max_groups": 1}, or
@@ -169,6 +172,7 @@ def reduce(
     Returns:
         Report with the size; its ``state`` is fits or too-big.
     """
+    given = {k: v for k, v in locals().items() if k not in ("model", "out", "scratch")}
     from filterpress import package
 
     if settled(state, ("fits",), ("too-big",)):
@@ -176,11 +180,14 @@ def reduce(
     choice = chosen("reduce", preset, config)
     source = package.load(model)
     goal = _goal(source, max_size, avoid=_failed(source, "reduce", round))
+    checkpoints = _checkpoints(scratch, "reduce", given, model)
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
-    outcome = _apply(choice, source, its_task, seed, goal=goal)
+    outcome = _apply(choice, source, its_task, seed, goal, checkpoints)
     report = {"stage": "reduce", "method": choice.name, "round": round, **outcome.notes}
-    return hand_on(out, source, outcome.model, report, outcome.layers, goal.max_bytes)
+    whole = hand_on(out, source, outcome.model, report, outcome.layers, goal.max_bytes)
+    checkpoints.delete()
+    return whole
 
 
 def trains(choice: Choice) -> bool:
@@ -205,23 +212,33 @@ def _failed(source: Package, stage: str, round: int) -> frozenset[str]:
     return frozenset(h["allocation"] for h in earlier if "allocation" in h)
 
 
-def _checkpoints(scratch: str, given: Report, model: Path) -> Checkpoints:
+def _checkpoints(scratch: str, stage: str, given: Report, model: Path) -> Checkpoints:
     """Open the checkpoints of a stage's trainings, unless it is to have none."""
     from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints, name_of
     from filterpress.scratch import open_scratch
 
     if not scratch:
         return NO_CHECKPOINTS
-    return Checkpoints(open_scratch(scratch), name_of("prune", given, [model]))
+    return Checkpoints(open_scratch(scratch), name_of(stage, given, [model]))
 
 
-def _apply(choice: Choice, source: Package, task: Task, seed: int, **more: Any) -> Outcome:
-    """Apply a method to the network of a package."""
+def _apply(
+    choice: Choice,
+    source: Package,
+    task: Task,
+    seed: int,
+    goal: Goal | None,
+    checkpoints: Checkpoints | None = None,
+) -> Outcome:
+    """Apply a method to the network of a package; one that prunes without training has no goal."""
     from filterpress.methods import Outcome
     from filterpress.tasks import calibration
 
     if choice.method is None:
         return Outcome(copy.deepcopy(source.network), {}, {})
     data = task if trains(choice) else calibration(task, choice.config.images, seed)
+    more: dict[str, object] = {"goal": goal} if goal else {}
+    if trains(choice):
+        more |= {"checkpoints": checkpoints}
     made: Outcome = choice.method(source.network, data, choice.config, **more, seed=seed)
     return made
