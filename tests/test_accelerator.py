@@ -20,7 +20,7 @@ METHODS = [
     if issubclass(kind, FitConfig)
 ]
 FORMS = ["steps", "codebooks", "shared values", "kernels", "factors", "rounded activations"]
-CASES = ["train", "evaluate", "saliency", *METHODS, "prune channels"]
+CASES = ["train", "go on", "evaluate", "saliency", *METHODS, "prune channels"]
 CASES += [f"retrain {form}" for form in FORMS]
 
 

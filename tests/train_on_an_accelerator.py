@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +18,12 @@ from functools import partial
 import torch
 
 from filterpress import measurement, processes, settings
+from filterpress.checkpoints import Checkpoint
 from filterpress.fitting import Goal
 from filterpress.package import Package, encode
 from filterpress.retraining import RetrainConfig, retrain_quantized
 from filterpress.saliency import PruningConfig, measure
+from filterpress.scratch import open_scratch
 from filterpress.stages.tables import clusterers, pruners, reducers
 from filterpress.training import FitConfig, fit
 from tests import accelerator, networks
@@ -63,6 +66,23 @@ def train():
     return network
 
 
+def go_on():
+    """Train from the checkpoint of a training that was stopped in its second epoch."""
+    config = settings.configure(FitConfig, QUICK | {"epochs": 3})
+
+    def stop(epoch, *_):
+        if epoch == 1:
+            raise InterruptedError
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Checkpoint(open_scratch(folder), "training", share=1.0)
+        with contextlib.suppress(InterruptedError):
+            fit(copy.deepcopy(SOURCE), TASK, config, seed=0, checkpoint=checkpoint, progress=stop)
+        network = copy.deepcopy(SOURCE)
+        fit(network, TASK, config, seed=0, checkpoint=checkpoint)
+    return network
+
+
 def retrain(start):
     """Retrain a network in its form."""
     config = settings.configure(RetrainConfig, QUICK)
@@ -78,6 +98,7 @@ def two_devices():
 CASES: dict[str, Callable[[], object]] = {
     "two devices": two_devices,
     "train": train,
+    "go on": go_on,
     "evaluate": lambda: measurement.baseline(SOURCE, TASK),
     "saliency": lambda: measure(SOURCE, TASK, settings.configure(PruningConfig, QUICK)),
     **{
