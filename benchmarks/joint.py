@@ -23,9 +23,8 @@ import torch
 from comparison import Other, Row, Validation, arguments, compare, goal_of, otherwise
 from torch import nn
 
-from filterpress import package, soft_levels
+from filterpress import annealing, package, soft_levels
 from filterpress.errors import ModelError
-from filterpress.methods import quantize_jointly as joint
 from filterpress.methods.quantize_jointly import JointConfig, begin, quantize_jointly
 from filterpress.representations import without_quantization
 from filterpress.surgery import layers
@@ -58,15 +57,15 @@ class Way(NamedTuple):
 
 WAYS = {
     "as it is": Way({}),
-    "from inside": Way({}, ((joint, "without_quantization", inwards(0.5)),)),
-    "from the edge": Way({}, ((joint, "without_quantization", inwards(0.0)),)),
-    "warmer": Way({}, ((joint, "COLD", 0.1),)),
+    "from inside": Way({}, ((annealing, "without_quantization", inwards(0.5)),)),
+    "from the edge": Way({}, ((annealing, "without_quantization", inwards(0.0)),)),
+    "warmer": Way({}, ((annealing, "COLD", 0.1),)),
     "higher thresholds": Way({}, ((soft_levels, "FIRST_LEVEL", -0.4),)),  # 0.7 steps
     "sgd": Way({"optimizer": "sgd", "lr": 0.02}),
     "slower": Way({"lr": 0.0005}),
     "faster": Way({"lr": 0.008}),
-    "slow price": Way({}, ((joint, "PULL", 100.0),)),
-    "quick price": Way({}, ((joint, "PULL", 1600.0),)),
+    "slow price": Way({}, ((annealing, "PULL", 100.0),)),
+    "quick price": Way({}, ((annealing, "PULL", 1600.0),)),
     "weights only": Way({"act_bits": 0}),
 }
 

@@ -8,17 +8,13 @@ import torch
 from torch import nn
 
 from filterpress.activations import Activated, ActivationQuantizer
+from filterpress.annealing import COLD, Annealed, harden, soften, width
 from filterpress.fitting import Goal
-from filterpress.methods import quantize_jointly as joint
 from filterpress.methods.quantize_jointly import (
-    Annealed,
     JointConfig,
     begin,
-    harden,
     input_quantizers,
     quantize_jointly,
-    soften,
-    width,
 )
 from filterpress.package import Package, encode
 from filterpress.representations import integers_of, is_quantized, latent_weight
@@ -143,7 +139,7 @@ def test_the_price_follows_the_size_of_the_file(n_bytes, rises):
     assert (soft.price > 1.5 * first) == rises
     assert (soft.price < first / 1.5) == (not rises)
     form = next(m for m in student.modules() if isinstance(m, SoftWeight))
-    assert joint.COLD < form.temperature < WARM
+    assert COLD < form.temperature < WARM
     assert penalties[0] > 0
 
 
