@@ -59,13 +59,14 @@ def _panel(panel: Axes, title: str, rows: list[Json], presets: list[str]) -> Non
         mine = [row for row in rows if row["size"] == size]
         places = [presets.index(row["preset"]) + shift for row in mine]
         shown = [max(row["change"], lowest) for row in mine]
-        errors = [row["error"] or 0.0 for row in mine]
+        errors = [0.0 if row["change"] < lowest else row["error"] or 0.0 for row in mine]
         panel.errorbar(
             shown, places, xerr=errors, linestyle="none", label=size, markersize=5, **style
         )
         for row, place in zip(mine, places, strict=True):
             if row["change"] < lowest:
-                change = f"{row['change']:.0f}".replace("-", "\N{MINUS SIGN}")
+                change = f"{row['change']:.1f}".replace("-", "\N{MINUS SIGN}")
+                change += f" ± {row['error']:.1f}" if row["error"] else ""
                 panel.annotate(
                     change, (lowest, place), xytext=(6, 0), textcoords="offset points",
                     va="center", fontsize=8, color=style["color"],
