@@ -37,11 +37,7 @@ from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints
 from filterpress.fitting import Attempt, Goal, fingerprint, fit_budget
 from filterpress.grids import best_grid, range_grid
 from filterpress.methods import Outcome
-from filterpress.representations import (
-    Layer,
-    integers_of,
-    is_quantized,
-)
+from filterpress.representations import Layer, integers_of, is_quantized
 from filterpress.retraining import FineTuneConfig, fine_tune_, fit_steps_
 from filterpress.rounding import quantize_at_, round_compensated
 from filterpress.statistics import Moments
