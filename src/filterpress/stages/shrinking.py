@@ -238,7 +238,7 @@ def _apply(
         return Outcome(copy.deepcopy(source.network), {}, {})
     data = task if trains(choice) else calibration(task, choice.config.images, seed)
     more: dict[str, object] = {"goal": goal} if goal else {}
-    if trains(choice):
-        more |= {"checkpoints": checkpoints}
+    if trains(choice) and checkpoints:
+        more["checkpoints"] = checkpoints
     made: Outcome = choice.method(source.network, data, choice.config, **more, seed=seed)
     return made
