@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import torch
 
 from filterpress import processes
 from filterpress.__main__ import app
-from tests import tiny
+from tests import children, tiny
 
 STREAMS = {"out": 1, "err": 2}
 
@@ -36,8 +35,6 @@ def under_torchrun(*arguments, **environment):
 def run(said, *arguments, patience=None, **environment):
     """Run a command line in two processes, each of which ends as it will.
 
-    They are forked from one that has everything imported.
-
     Args:
         said: Folder for what they say.
         arguments: The command line.
@@ -47,13 +44,11 @@ def run(said, *arguments, patience=None, **environment):
     Returns:
         Exit code, standard output, and the lines on standard error, of rank 0 and of rank 1.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.in_two", "sklearn.datasets", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = (port, said, [str(argument) for argument in arguments], patience, environment)
-    started = [context.Process(target=_one_of_two, args=(rank, *given)) for rank in "01"]
+    started = [children.CONTEXT.Process(target=_one_of_two, args=(rank, *given)) for rank in "01"]
     for process in started:
         process.start()
     for process, seconds in zip(started, (60, patience or 60), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 
@@ -12,7 +11,7 @@ import pytest
 from filterpress import stages
 from filterpress.errors import BudgetError, PackageError
 from filterpress.loop import compress
-from tests import tiny
+from tests import children, tiny
 from tests.tiny import PATHS, RUNS
 
 PUBLISHED = [name for name, (_, decision) in PATHS.items() if decision == "publish"]
@@ -150,14 +149,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-# Kills. Each run is a process of its own, forked from one that has everything imported.
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.tiny", "filterpress.measurement", "sklearn.cluster"])
-    return context
+# Kills. Each run is a process of its own.
 
 
 class KillAtRename:
@@ -175,12 +167,6 @@ class KillAtRename:
         if self.renamed or (renames and not self.left and not self.after):
             signal.raise_signal(signal.SIGKILL)
         self.renamed = renames and not self.left
-
-
-def start(processes, out, settings, kill=None):
-    child = processes.Process(target=tiny.compress_in_child, args=(out, settings, kill))
-    child.start()
-    return child
 
 
 def inodes(root):
@@ -214,19 +200,18 @@ def check_same_result(out, expected):
 
 
 @pytest.mark.slow
-def test_a_run_killed_around_every_rename_goes_on_from_its_last_stage(run, processes, tmp_path):
+def test_a_run_killed_around_every_rename_goes_on_from_its_last_stage(run, tmp_path):
     expected, settings, *_ = run("retrained")
     out, kills, number, stood = tmp_path / "run", 0, 1, {}
     while not (out / "report.json").exists():
         # before a rename its work is lost, after it nothing is: then the next one has its turn
         after = bool(kills % 2)
-        child = start(processes, out, settings, KillAtRename(number, after))
-        child.join()
+        child = children.start(tiny.compress_in_child, out, settings, KillAtRename(number, after))
+        assert children.exit_code(child) in {0, -signal.SIGKILL}
         now = finished(out)
         assert stood.items() <= now.items()
         number = 1 if now.keys() > stood.keys() else number + after
         stood = now
-        assert child.exitcode in {0, -signal.SIGKILL}
         kills += child.exitcode != 0
     assert kills > 2 * len(PATHS["retrained"][0])
     check_same_result(out, expected)
@@ -236,11 +221,11 @@ def test_a_run_killed_around_every_rename_goes_on_from_its_last_stage(run, proce
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, processes, tmp_path):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, tmp_path):
     expected, settings, *_ = run("in the second round")
     out, chance, stood, kills = tmp_path / "run", random.Random(0), {}, 0
     while not (out / "report.json").exists():
-        child = start(processes, out, settings)
+        child = children.start(tiny.compress_in_child, out, settings)
         child.join(chance.uniform(0.1, 1.5) if kills < 8 else None)
         child.kill()
         child.join()
@@ -254,11 +239,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, processes,
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_training_goes_on_from_its_checkpoint(run, processes, tmp_path, caplog):
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(run, tmp_path, caplog):
     expected, settings, *_ = run("at once")
-    child = start(processes, tmp_path / "run", settings, KillAtRename(4, True, in_scratch=True))
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    kill = KillAtRename(4, True, in_scratch=True)
+    child = children.start(tiny.compress_in_child, tmp_path / "run", settings, kill)
+    assert children.exit_code(child) == -signal.SIGKILL
     with caplog.at_level("INFO"):
         compress(tmp_path / "run", **settings)
     assert "going on after epoch" in caplog.text

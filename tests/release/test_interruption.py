@@ -20,6 +20,7 @@ import pytest
 
 from filterpress.errors import ReleaseError
 from filterpress.release import fetch, latest, publish
+from tests import children
 
 OLD, NEW = b"the release before", b"the release after"
 
@@ -30,20 +31,14 @@ def _changes_the_disk(event, arguments):
     return event in {"os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
 
 
-def _in_child(action):
-    """Run an action in a process of its own; returns its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-
-
 def killed_at_change(number, action):
     """Run an action in a child that is killed just before it changes the disk for the nth time."""
+    code = children.exit_code(children.start(_act_until_change, number, action))
+    assert code in {0, -signal.SIGKILL}
+    return code == -signal.SIGKILL
+
+
+def _act_until_change(number, action):
     changes = 0
 
     def watch(event, arguments):
@@ -53,13 +48,19 @@ def killed_at_change(number, action):
             if changes == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def act():
-        sys.addaudithook(watch)
-        action()
+    sys.addaudithook(watch)
+    action()
 
-    _, status = os.waitpid(_in_child(act), 0)
-    assert status in {0, signal.SIGKILL}
-    return status == signal.SIGKILL
+
+def _publish_at_once(actions):
+    started = [children.start(action) for action in actions]
+    assert [children.exit_code(child) for child in started] == [0] * len(started)
+
+
+def _publishing(name, file, store, keys):
+    """Return what publishes a file, in this process or in another."""
+    given = {"target": f"models/demo/{name}/file", "custom": {}, "store": store, "keys": keys}
+    return partial(publish, file, **given)
 
 
 def _check_whole(found):
@@ -77,9 +78,7 @@ def test_a_publisher_killed_anywhere_leaves_the_old_release(tmp_path, keys, root
         store = str(tmp_path / str(number))
         shutil.copytree(tmp_path / "before", store)
 
-        def publish_new(store=store):
-            publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
-
+        publish_new = _publishing("b", NEW, store, keys)
         if not killed_at_change(number, publish_new):
             break
         _check_whole(contents(store))
@@ -98,10 +97,7 @@ def test_a_publisher_killed_anywhere_leaves_the_old_release(tmp_path, keys, root
 def test_a_first_publisher_killed_anywhere_can_be_followed_by_another(tmp_path):
     for number in range(1, 1000):
         store, keys = str(tmp_path / f"{number}/store"), tmp_path / f"{number}/keys"
-
-        def publish_new(store=store, keys=keys):
-            publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
-
+        publish_new = _publishing("b", NEW, store, keys)
         if not killed_at_change(number, publish_new):
             break
         publish_new()
@@ -112,13 +108,7 @@ def test_a_first_publisher_killed_anywhere_can_be_followed_by_another(tmp_path):
 def test_eight_publishers_that_start_at_once_all_land(tmp_path):
     # Nothing exists when they start: neither the store nor the keys.
     store, keys = str(tmp_path / "a" / "store"), tmp_path / "b" / "keys"
-
-    def publish_number(number):
-        file, target = str(number).encode(), f"models/demo/{number}/file"
-        publish(file, target=target, custom={}, store=store, keys=keys)
-
-    children = [_in_child(partial(publish_number, number)) for number in range(8)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    _publish_at_once(_publishing(n, str(n).encode(), store, keys) for n in range(8))
     root = (keys / "root.json").read_bytes()
     for number in range(8):
         assert fetch(store, f"models/demo/{number}/file", root=root) == str(number).encode()
@@ -144,12 +134,7 @@ def test_eight_publishers_to_one_bucket_all_land(bucket, keys, root):
 
 def test_two_publishers_of_one_file_issue_one_release(tmp_path, keys, root):
     store = str(tmp_path / "store")
-
-    def publish_new():
-        publish(NEW, target="models/demo/b/file", custom={}, store=store, keys=keys)
-
-    children = [_in_child(publish_new) for _ in range(4)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    _publish_at_once([_publishing("b", NEW, store, keys)] * 4)
     assert latest(store, root=root).version == 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import shutil
 import stat
 
@@ -21,6 +20,7 @@ from tuf.api.metadata import Metadata
 from filterpress.errors import ReleaseError
 from filterpress.release import create_keys, publish
 from filterpress.release.keys import load_keys
+from tests import children
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_development_keys_are_announced_and_others_are_not(tmp_path, keys, caplo
 
 
 def test_eight_publishers_that_start_at_once_agree_on_one_set_of_keys(tmp_path):
-    with multiprocessing.get_context("fork").Pool(8) as pool:
+    with children.CONTEXT.Pool(8) as pool:
         roots = pool.map(_root_of, [tmp_path / "keys"] * 8)
     assert roots == [(tmp_path / "keys" / "root.json").read_bytes()] * 8
     assert [path.name for path in tmp_path.iterdir()] == ["keys"]

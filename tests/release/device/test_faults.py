@@ -15,6 +15,7 @@ import pytest
 from filterpress.codec.graph import to_onnx
 from filterpress.errors import ReleaseError
 from filterpress.release.device.vehicle import Outcome, Vehicle
+from tests import children
 from tests.release.device.conftest import LIMITS, passes
 from tests.release.device.disk import KILLED, Disk
 from tests.release.device.fleet import V1, V2, digest
@@ -39,47 +40,25 @@ def cycle(home, store):
     return vehicle.boot()
 
 
-def in_child(action):
-    """Run an action in a process of its own; its result is the exit code."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = action()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def operations(prepared):
     """What an update does to the disk."""
     base, store, folder = prepared
-    home = shutil.copytree(base, folder / "counted")
-    reading, writing = os.pipe()
+    home, log = shutil.copytree(base, folder / "counted"), folder / "log"
+    assert children.exit_code(children.start(_count, home, store, log)) == 0
+    return [tuple(line.split()) for line in log.read_text().splitlines()]
 
-    def count():
-        disk = Disk(home, "none", 0)
-        disk.install()
-        assert cycle(home, store).manifest.sha256 == digest(V2)
-        os.write(writing, "\n".join(f"{kind} {name}" for kind, name in disk.log).encode())
-        return 0
 
-    assert in_child(count) == 0
-    os.close(writing)
-    with os.fdopen(reading) as log:
-        return [tuple(line.split()) for line in log.read().splitlines()]
+def _count(home, store, log):
+    disk = Disk(home, "none", 0)
+    disk.install()
+    assert cycle(home, store).manifest.sha256 == digest(V2)
+    log.write_text("\n".join(f"{kind} {name}" for kind, name in disk.log))
 
 
 def survives(prepared, fault, at):
     base, store, folder = prepared
     home = shutil.copytree(base, folder / f"{fault}-{at}")
-
-    def fail():
-        Disk(home, fault, at).install()
-        running = cycle(home, store)
-        return 0 if running and running.manifest.sha256 in {digest(V1), digest(V2)} else 2
-
-    code = in_child(fail)
+    code = children.exit_code(children.start(_fail, home, store, fault, at))
     assert code == (KILLED if fault in {"kill", "power"} else 0)
     # The power is back, and there is no network.
     alone = Vehicle(home, limits=LIMITS, examine=passes).boot()
@@ -90,6 +69,11 @@ def survives(prepared, fault, at):
     assert Vehicle(home, limits=LIMITS).update(store) is Outcome.CURRENT
     assert not list((home / "staging").iterdir())
     shutil.rmtree(home)
+
+
+def _fail(home, store, fault, at):
+    Disk(home, fault, at).install()
+    assert cycle(home, store).manifest.sha256 in {digest(V1), digest(V2)}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -109,11 +93,15 @@ def test_an_update_survives_a_disk_that_fails_at_any_operation(prepared, fault):
         survives(prepared, fault, at)
 
 
+def _boot_and_die(home):
+    Vehicle(home, examine=lambda *_: os._exit(KILLED)).boot()
+
+
 def test_a_trial_that_takes_the_vehicle_down_was_counted(home, store, vehicle):
     store.publish(V2)
     assert vehicle.update() is Outcome.STAGED
     for _ in range(3):
-        assert in_child(Vehicle(home, examine=lambda *_: os._exit(KILLED)).boot) == KILLED
+        assert children.exit_code(children.start(_boot_and_die, home)) == KILLED
     assert vehicle.boot().manifest.sha256 == digest(V1)
     assert vehicle.update() is Outcome.KNOWN_BAD
 
