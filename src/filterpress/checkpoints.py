@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from filterpress.errors import ScratchError
 from filterpress.processes import best_device, from_all, from_main, is_main, rank, tensors_from_main
-from filterpress.scratch import DamagedError, Scratch
+from filterpress.scratch import DamagedError, Scratch, open_scratch
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Checkpoints:
 
     Args:
         scratch: The place; None for no checkpoints.
-        name: What the stage's trainings have in common, see `name_of`.
+        name: Name of the first training, see `name_of`; those after it are numbered.
     """
 
     def __init__(self, scratch: Scratch | None = None, name: str = "") -> None:
@@ -207,7 +207,8 @@ class Checkpoints:
         """Return that of the next training."""
         if self._scratch is None:
             return None
-        self._taken.append(Checkpoint(self._scratch, f"{self._name}-{len(self._taken) + 1}"))
+        number = f"-{len(self._taken) + 1}" if self._taken else ""
+        self._taken.append(Checkpoint(self._scratch, f"{self._name}{number}"))
         return self._taken[-1]
 
     def delete(self) -> None:
@@ -217,6 +218,32 @@ class Checkpoints:
 
 
 NO_CHECKPOINTS = Checkpoints()
+
+
+def open_checkpoints(
+    scratch: str,
+    stage: str,
+    settings: Mapping[str, Any],
+    packages: Iterable[Path],
+    weights: str = "",
+) -> Checkpoints:
+    """Open the checkpoints of a stage's trainings.
+
+    Args:
+        scratch: Folder or ``gs://bucket/prefix``; empty for no checkpoints.
+        stage: As for `name_of`.
+        settings: As for `name_of`.
+        packages: As for `name_of`.
+        weights: As for `name_of`.
+
+    Raises:
+        ValueError: The address of scratch is neither.
+        ScratchError: There is no way to reach buckets from here.
+        OSError: A package or the file cannot be read.
+    """
+    if not scratch:
+        return NO_CHECKPOINTS
+    return Checkpoints(open_scratch(scratch), name_of(stage, settings, packages, weights))
 
 
 def name_of(

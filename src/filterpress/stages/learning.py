@@ -27,7 +27,6 @@ from filterpress.stages.tables import chosen
 if TYPE_CHECKING:
     from torch import nn
 
-    from filterpress.checkpoints import Checkpoint
     from filterpress.package import Package
     from filterpress.tasks import Task
 
@@ -73,7 +72,7 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k not in (*PLACES, "weights")}
     from filterpress import models, package, settings
-    from filterpress.checkpoints import name_of
+    from filterpress.checkpoints import name_of, open_checkpoints
     from filterpress.processes import first_here, from_main, is_main
     from filterpress.retraining import shown
     from filterpress.tasks import load_task
@@ -94,17 +93,16 @@ def train(
     network = models.build(model, its_task.input_shape, its_task.n_classes, seed=seed)
     if weights:
         models.load_weights(network, weights)
-    checkpoint = None
+    checkpoints = open_checkpoints(scratch, "train", given, (), weights)
     if trains:
-        checkpoint = _checkpoint(scratch, "train", given, weights=weights)
+        checkpoint = checkpoints.take()
         with shown("train", its_task, fit_config) as advance:
             fit(network, its_task, fit_config, seed=seed, progress=advance, checkpoint=checkpoint)
     made = _package_of(network, model, its_task, trains)
     if is_main():
         with files.new_directory(out) as draft:
             package.save(made, draft)
-    if checkpoint:
-        checkpoint.delete()
+    checkpoints.delete()
     return made.history[-1]
 
 
@@ -182,7 +180,7 @@ def retrain(
     """
     given = {k: v for k, v in locals().items() if k not in (*PLACES, "model", "trained")}
     from filterpress import package
-    from filterpress.checkpoints import name_of
+    from filterpress.checkpoints import name_of, open_checkpoints
     from filterpress.processes import first_here, from_main
 
     done = settled(decision, ("publish", "next", "give-up", "too-big"), ("retrain",))
@@ -202,7 +200,7 @@ def retrain(
         its_task = task_of(source, data, data_dir, image_size, task)
     from_main(lambda: files.refuse_existing(out))
     attempt = sum(h["stage"] == "retrain" for h in source.history)
-    checkpoint = _checkpoint(scratch, "retrain", given, model, trained)
+    checkpoints = open_checkpoints(scratch, "retrain", given, (model, trained))
     network, notes = choice.method(
         source.network,
         teacher.network,
@@ -213,22 +211,9 @@ def retrain(
         max_bytes=budget.max_bytes,
         size=lambda network: len(package.encode(source, network)),
         seed=seed + attempt,
-        checkpoint=checkpoint,
+        checkpoint=checkpoints.take(),
     )
     told = {"stage": "retrain", "retrains": attempt + 1, **notes}
     report = hand_on(out, source, network, told, {})
-    if checkpoint:
-        checkpoint.delete()
+    checkpoints.delete()
     return report
-
-
-def _checkpoint(
-    scratch: str, stage: str, given: Report, *packages: Path, weights: str = ""
-) -> Checkpoint | None:
-    """Open the checkpoint of a training, unless it is to have none."""
-    from filterpress.checkpoints import Checkpoint, name_of
-    from filterpress.scratch import open_scratch
-
-    if not scratch:
-        return None
-    return Checkpoint(open_scratch(scratch), name_of(stage, given, packages, weights))

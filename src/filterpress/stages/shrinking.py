@@ -69,11 +69,12 @@ def prune(
     """
     given = {k: v for k, v in locals().items() if k not in ("model", "out", "scratch")}
     from filterpress import package
+    from filterpress.checkpoints import open_checkpoints
 
     choice = chosen("prune", preset, config)
     source = package.load(model)
     goal = _goal(source, max_size) if trains(choice) else None
-    checkpoints = _checkpoints(scratch, "prune", given, model)
+    checkpoints = open_checkpoints(scratch, "prune", given, [model])
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
     outcome = _apply(choice, source, its_task, seed, goal, checkpoints)
@@ -174,13 +175,14 @@ def reduce(
     """
     given = {k: v for k, v in locals().items() if k not in ("model", "out", "scratch")}
     from filterpress import package
+    from filterpress.checkpoints import open_checkpoints
 
     if settled(state, ("fits",), ("too-big",)):
         return pass_on(model, out) | {"state": state}
     choice = chosen("reduce", preset, config)
     source = package.load(model)
     goal = _goal(source, max_size, avoid=_failed(source, "reduce", round))
-    checkpoints = _checkpoints(scratch, "reduce", given, model)
+    checkpoints = open_checkpoints(scratch, "reduce", given, [model])
     its_task = task_of(source, data, data_dir, image_size, task)
     files.refuse_existing(out)
     outcome = _apply(choice, source, its_task, seed, goal, checkpoints)
@@ -210,16 +212,6 @@ def _failed(source: Package, stage: str, round: int) -> frozenset[str]:
     """Return the allocations that a stage found in earlier rounds."""
     earlier = [h for h in source.history if h["stage"] == stage and h["round"] < round]
     return frozenset(h["allocation"] for h in earlier if "allocation" in h)
-
-
-def _checkpoints(scratch: str, stage: str, given: Report, model: Path) -> Checkpoints:
-    """Open the checkpoints of a stage's trainings, unless it is to have none."""
-    from filterpress.checkpoints import NO_CHECKPOINTS, Checkpoints, name_of
-    from filterpress.scratch import open_scratch
-
-    if not scratch:
-        return NO_CHECKPOINTS
-    return Checkpoints(open_scratch(scratch), name_of(stage, given, [model]))
 
 
 def _apply(
