@@ -173,7 +173,7 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
             percent: Publish: share of these vehicles that take part at once.
             cpu: Cluster: CPUs that a step asks for.
             memory: Cluster: memory of a step; one that needs more is ended.
-            accelerators: Cluster: accelerators of each step that trains, or may.
+            accelerators: Cluster: accelerators of a step that trains; of prune and reduce, one.
             accelerator: Cluster: their kind, as nodes offer it.
             node_selector: Cluster: JSON object of labels of the nodes that train.
             tolerations: Cluster: JSON list of taints that the steps which train tolerate.
@@ -182,8 +182,8 @@ def define(stairs: Stairs, policy: Policy) -> GraphComponent:
         with dsl.ExitHandler(call(report, given), name="run"):
             checked = call(check_settings, given, **stairs.bounds(), sizes=[])
             trained = call(train, given, config=train_config).after(checked).outputs["trained"]
+            given |= {"trained": trained, "shrink_accelerators": checked.output}
             pruned = call(prune, given, model=trained, config=prune_config).outputs["pruned"]
-            given["trained"] = trained
             found = call(search, given, model=pruned)
             add_level(given, stairs, found.outputs["found"], found.outputs["Output"], 1)
 

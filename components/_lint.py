@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 240_000
 
 _GROUPS = ("condition-", "exit-handler-", "for-loop-")
 _NUMBER = re.compile(r"double\(|[=<>] -?\d")
-_CHANNEL = re.compile(r"pipelinechannel--(\w+)")
+_PLACEHOLDER = re.compile(r"inputs\.parameters\['([^']+)'\]")
 _PARAMETER = re.compile(r"parameter_values\['([^']+)'\]")
 
 
@@ -166,9 +166,10 @@ def amounts_have_defaults(spec: Spec) -> Iterator[str]:
     parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     asked = {
         (kind, name)
-        for executor in spec["deploymentSpec"]["executors"].values()
-        for kind, text in _resources(executor)
-        for name in _CHANNEL.findall(text)
+        for component, body in _components(spec).items()
+        for kind, text in _resources(spec["deploymentSpec"]["executors"], body)
+        for given in _PLACEHOLDER.findall(text)
+        for name in _from_outside(spec, component, given)
     }
     for kind, name in sorted(asked):
         default = str(parameters.get(name, {}).get("defaultValue", ""))
@@ -232,8 +233,20 @@ def _tasks(spec: Spec) -> Iterator[tuple[str, str, Spec, Spec]]:
             yield component, name, task, body["dag"]
 
 
-def _resources(executor: Spec) -> Iterator[tuple[str, str]]:
+def _from_outside(spec: Spec, component: str, name: str) -> Iterator[str]:
+    """Name the parameters of the pipeline that a component's parameter may have its value from."""
+    if component == "root":
+        yield name
+    for enclosing, _, task, _ in _tasks(spec):
+        if task["componentRef"]["name"] == component:
+            source = task.get("inputs", {}).get("parameters", {}).get(name, {})
+            if "componentInputParameter" in source:
+                yield from _from_outside(spec, enclosing, source["componentInputParameter"])
+
+
+def _resources(executors: Spec, component: Spec) -> Iterator[tuple[str, str]]:
     """Give what a step asks for, by kind, as it is written down."""
+    executor = executors.get(component.get("executorLabel", ""), {})
     resources = executor.get("container", {}).get("resources", {})
     for kind, value in {**resources, **resources.get("accelerator", {})}.items():
         if isinstance(value, str):

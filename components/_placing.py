@@ -17,8 +17,8 @@ PARAMETERS = ("cpu", "memory", "accelerator", "accelerators", "node_selector", "
 #: An amount, as Kubernetes writes it.
 AMOUNT = re.compile(r"\d+(\.\d+)?([EPTGMk]i?|m)?")
 
-#: Steps that train; prune and reduce do with some methods, which only a run knows.
-_TRAIN = ("train", "prune", "search", "reduce", "retrain")
+#: Steps that train, and those that do so with some methods: `check` says what these get.
+_TRAIN, _MAY_TRAIN = ("train", "search", "retrain"), ("prune", "reduce")
 _LIGHT = ("check", "give-up", "report", "curve")
 _UNCACHED = ("publish", "give-up", "report")
 
@@ -77,7 +77,8 @@ def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:
 
     Args:
         task: Task of a component.
-        given: Parameters of its pipeline, with those in `PARAMETERS` that are for this task.
+        given: Parameters of its pipeline, with those in `PARAMETERS` that are for this task, and
+            the accelerators of prune and reduce as ``shrink_accelerators``.
         policy: How it is run.
     """
     if task.name.startswith(_UNCACHED):
@@ -97,10 +98,11 @@ def place(task: PipelineTask, given: Mapping[str, Any], policy: Policy) -> None:
     task.set_memory_request(given["memory"])
     task.set_memory_limit(given["memory"])
     asked = ["cpu", "memory"]
-    if task.name.startswith(_TRAIN):
-        asked += ["accelerator", "accelerators"]
+    if task.name.startswith(_TRAIN + _MAY_TRAIN):
+        count = "accelerators" if task.name.startswith(_TRAIN) else "shrink_accelerators"
+        asked += ["accelerator", count]
         task.set_accelerator_type(given["accelerator"])
-        task.set_accelerator_limit(given["accelerators"])
+        task.set_accelerator_limit(given[count])
         kubernetes.add_node_selector_json(task, given["node_selector"])
         kubernetes.add_toleration_json(task, given["tolerations"])
     # Else KFP would not hand amounts on to the conditions and the exit handler that the task is in.

@@ -70,7 +70,7 @@ def make_round(number: int, size_tries: int, policy: Policy) -> GraphComponent:
         cpu: str,
         memory: str,
         accelerator: str,
-        accelerators: str,
+        shrink_accelerators: str,
         node_selector: dict,
         tolerations: list,
     ) -> Decided:

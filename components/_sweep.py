@@ -100,7 +100,7 @@ def build_sweep(
             retrain_config: Methods: JSON object that overrides fields of the retraining's config.
             cpu: Cluster: CPUs that a step asks for.
             memory: Cluster: memory of a step; one that needs more is ended.
-            accelerators: Cluster: accelerators of each step that trains, or may.
+            accelerators: Cluster: accelerators of a step that trains; of prune and reduce, one.
             accelerator: Cluster: their kind, as nodes offer it.
             node_selector: Cluster: JSON object of labels of the nodes that train.
             tolerations: Cluster: JSON list of taints that the steps which train tolerate.
@@ -109,6 +109,7 @@ def build_sweep(
         bounds = {"rounds": 1, "retrains": retrains}
         unused = {"max_size": "smallest", "max_minutes": 0, "store": "", "keys": ""}
         checked = call(check, given, **unused, **bounds, channel="", percent=100.0)
+        given["shrink_accelerators"] = checked.output
         given["trained"] = call(train, given, config=train_config).after(checked).outputs["trained"]
         with dsl.ParallelFor(sizes, parallelism=policy.parallel) as size:
             given["max_size"] = size

@@ -20,6 +20,7 @@ def check(
     retrains: int,
     scratch: str,
     nodes: int,
+    accelerators: str,
     store: str,
     keys: str,
     channel: str,
@@ -30,7 +31,7 @@ def check(
     cluster_config: str,
     reduce_config: str,
     retrain_config: str,
-):
+) -> str:
     """Refuse settings that cannot be used, before anything is spent on them.
 
     Args:
@@ -49,6 +50,7 @@ def check(
         retrains: Retrains that there are steps for in a round.
         scratch: Folder or bucket for checkpoints.
         nodes: Machines to train on.
+        accelerators: Accelerators of a step that trains.
         store: Folder or bucket to publish to.
         keys: Folder of the signing keys.
         channel: Kind of vehicle and channel; empty for none.
@@ -59,10 +61,13 @@ def check(
         cluster_config: JSON: a method and what overrides its config.
         reduce_config: JSON: a method and what overrides its config.
         retrain_config: JSON: what overrides the retraining's config.
+
+    Returns:
+        Accelerators of a step that prunes or reduces.
     """
     from filterpress import stages
 
-    stages.check(
+    outcome = stages.check(
         model=model,
         data=data,
         image_size=image_size,
@@ -78,6 +83,7 @@ def check(
         retrains=retrains,
         scratch=scratch,
         nodes=nodes,
+        accelerators=accelerators,
         store=store,
         keys=keys,
         channel=channel,
@@ -89,3 +95,4 @@ def check(
         reduce_config=reduce_config,
         retrain_config=retrain_config,
     )
+    return outcome["accelerators"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from filterpress import stages
+from filterpress.presets import PRESETS
 
 BAD = [
     ("sizes", ["8x", "tiny"], "max_size must be bytes"),
@@ -22,6 +23,7 @@ BAD = [
     ("max_minutes", -1, "max_minutes must be at least 0, got -1"),
     ("size_tries", 0, "size_tries must be at least 1, got 0"),
     ("nodes", 0, "nodes must be at least 1, got 0"),
+    ("accelerators", "two", "accelerators must be a whole number, got 'two'"),
     ("nodes", 2, "scratch must be a bucket that all machines reach"),
     ("scratch", "s3://bucket/runs", "scratch must be a directory or gs://bucket/prefix"),
     ("store", "ftp://host/models", "store must be a directory or gs://bucket/prefix"),
@@ -38,7 +40,17 @@ BAD = [
 
 
 def test_the_defaults_can_be_used():
-    assert stages.check() == {"stage": "check"}
+    assert stages.check() == {"stage": "check", "accelerators": "0"}
+
+
+@pytest.mark.parametrize(("accelerators", "one"), [("0", "0"), ("1", "1"), ("8", "1")])
+def test_prune_and_reduce_get_one_accelerator_where_one_of_them_trains(accelerators, one):
+    train = {"deep-compression", "saliency-birch", "learned-threshold", "mac-budget", "joint"}
+    for preset in PRESETS:
+        found = stages.check(accelerators=accelerators, preset=preset)["accelerators"]
+        assert found == (one if preset in train else "0")
+    found = stages.check(accelerators=accelerators, prune_config='{"method": "saliency"}')
+    assert found["accelerators"] == one
 
 
 def test_a_channel_and_a_store_may_be_left_out_and_a_bucket_be_named():

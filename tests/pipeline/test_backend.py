@@ -18,6 +18,7 @@ from tests.pipeline.metadata import DriverError
 VERSIONS = ["2.14", "2.16", "2.17"]  # 2.15 does all of this as 2.14 does
 DECISIONS = ["publish", "retrain", "next", "give-up", "too-big"]
 LEAVES = ("publish", "give-up")
+TRAIN, MAY_TRAIN = ("train", "search", "retrain"), ("prune", "reduce")
 SIZES = ["10x", "20x", "40x"]
 #: What a step that trains is given: amounts, a kind of node, and taints.
 ASKED = {
@@ -57,6 +58,8 @@ def deciding(*decisions, **failing):
             raise StepError
         if name == "evaluate":
             return {"Output": next(left)}
+        if name == "check":
+            return {"Output": str(min(1, int(step.parameters["accelerators"])))}
         return {"Output": "fits"} if name in ("search", "reduce") else {}
 
     return outcome
@@ -242,10 +245,10 @@ def test_every_step_gets_what_it_asks_for_wherever_it_is(make, bounds, version):
         count = resources.pop("example.com/gpu", None)
         memory = dict.fromkeys(["resourceMemoryRequest", "resourceMemoryLimit"], 5 * 2**30)
         assert resources == {"resourceCpuRequest": 3, **memory}
-        trains = name in ("train", "prune", "search", "reduce", "retrain")
-        assert count == (2 if trains else None)
-        assert step.pod["labels"] == (ASKED["node_selector"] if trains else {})
-        assert step.pod["tolerations"] == (ASKED["tolerations"] if trains else [])
+        trains, may_train = (name in names for names in (TRAIN, MAY_TRAIN))
+        assert count == (2 if trains else 1 if may_train else None)
+        assert step.pod["labels"] == (ASKED["node_selector"] if trains or may_train else {})
+        assert step.pod["tolerations"] == (ASKED["tolerations"] if trains or may_train else [])
         assert bool(step.pod["secrets"]) == (name == "publish")
     assert all(step.pod["deadline"] == 24 * 3600 for step in started)
 
@@ -384,6 +387,7 @@ def test_what_a_loop_with_a_name_gathers_is_not_found_before_2_16(version):
     ("make", "rule", "reason"),
     [
         (broken.amount_without_default, "L11", "Invalid number"),
+        (broken.amount_without_default_by_another_name, "L11", "Invalid number"),
         (broken.amount_that_is_none, "L11", "Invalid number"),
         (broken.amount_inside_of_a_condition, "L12", "does not have input parameter"),
         (broken.equal_containers, "L13", "neither value nor default"),

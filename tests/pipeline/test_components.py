@@ -108,7 +108,8 @@ def test_a_component_leaves_a_page_for_the_ui(name):
 
 def test_only_the_deciding_components_return_a_value_and_it_is_one_string():
     returns = {name: component(name).python_func.__annotations__.get("return") for name in STAGES}
-    assert {name for name, kind in returns.items() if kind} == {"search", "reduce", "evaluate"}
+    deciding = {"check", "search", "reduce", "evaluate"}
+    assert {name for name, kind in returns.items() if kind} == deciding
     assert {kind for kind in returns.values() if kind} == {str}
 
 

@@ -57,6 +57,7 @@ def clean():
         decided = decide(flag=flag)
         with dsl.If(decided.output == "a"):
             decide(flag=flag)
+        decide(flag=flag).set_accelerator_type(kind).set_accelerator_limit(decided.output)
 
     return outer
 
@@ -177,6 +178,18 @@ def amount_without_default():
     return bad
 
 
+def amount_without_default_by_another_name():
+    @dsl.pipeline(name="inner")
+    def inner(amount: str):
+        decide().set_memory_limit(amount).set_caching_options(False)
+
+    @dsl.pipeline(name="bad")
+    def bad(memory: str = ""):
+        inner(amount=memory)
+
+    return bad
+
+
 def amount_that_is_none():
     @dsl.pipeline(name="bad")
     def bad(cpu: str = "many"):
@@ -259,6 +272,7 @@ BAD = {
     amount_inside_of_a_condition: "L12",
     equal_containers: "L13",
     amount_without_default: "L11",
+    amount_without_default_by_another_name: "L11",
     amount_that_is_none: "L11",
 }
 

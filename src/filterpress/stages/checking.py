@@ -30,6 +30,7 @@ def check(
     retrains: int = 0,
     scratch: str = "",
     nodes: int = 1,
+    accelerators: str = "0",
     store: str = "",
     keys: str = "",
     channel: str = "any/stable",
@@ -61,6 +62,7 @@ def check(
         retrains: Retrains that there are steps for in a round; likewise.
         scratch: Folder or gs://bucket/prefix for checkpoints; empty for none.
         nodes: Machines to train on.
+        accelerators: Accelerators of a step that trains.
         store: Folder or gs://bucket/prefix to publish to; empty for none.
         keys: Folder of signing keys.
         channel: Kind of vehicle and name of the channel; empty for none.
@@ -74,7 +76,8 @@ def check(
         retrain_config: JSON object with fields of RetrainConfig.
 
     Returns:
-        Report without numbers: the settings can be used.
+        Report that the settings can be used, with ``accelerators`` of a step that prunes or
+        reduces: as text, 1 where one of them trains and there are any, else 0.
 
     Raises:
         ValueError: A setting breaks its rule.
@@ -85,6 +88,8 @@ def check(
     for name, value, least in (("size_tries", size_tries, 1), ("max_minutes", max_minutes, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not accelerators.isdecimal():
+        raise ValueError(f"accelerators must be a whole number, got {accelerators!r}")
     for name, value, most in (
         ("max_rounds", max_rounds, rounds),
         ("max_retrains", max_retrains, retrains),
@@ -101,7 +106,8 @@ def check(
         reduce_config=reduce_config,
         retrain_config=retrain_config,
     )
-    if max_size == SMALLEST and not sizes and trains(chosen("prune", preset, prune_config)):
+    prune_trains = trains(chosen("prune", preset, prune_config))
+    if max_size == SMALLEST and not sizes and prune_trains:
         raise ValueError(
             "max_size must be a size where the network is pruned as far as it asks, got "
             f"{max_size!r}: name another method for prune_config"
@@ -111,7 +117,8 @@ def check(
     if scratch:
         open_scratch(scratch)
     _check_release(store, keys, channel, percent)
-    return {"stage": "check"}
+    of_use = prune_trains or trains(chosen("reduce", preset, reduce_config))
+    return {"stage": "check", "accelerators": str(min(int(accelerators), int(of_use)))}
 
 
 def _check_sources(model: str, data: str, image_size: int, task: str) -> None:
