@@ -110,7 +110,7 @@ def to_graph(
     made, templates = _multiply(graph, multiples, weights, values)
     tensors |= templates
     parts: dict[str, tuple[str, ...]] = {name: (name,) for name in weights}
-    _fold_norms(graph, weights, parts | made, values)
+    tensors |= _fold_norms(graph, weights, parts | made, values)
     behind = {f"{n}.layer.weight" for n, m in model.named_modules() if isinstance(m, Activated)}
     tensors |= _dequantize(graph, {n: w for n, w in weights.items() if n in behind}, values)
     used = _read(graph)
@@ -313,17 +313,21 @@ def _fold_norms(
     weights: dict[str, Weight],
     parts: Mapping[str, tuple[str, ...]],
     values: dict[str, NDArray[np.generic]],
-) -> None:
+) -> dict[str, QuantizedTensor]:
     """Fold batch-norm into the convolution before it, or reduce it to a factor and an offset.
 
     ``parts`` says of each value that a convolution may read which weights it is the sum of.
+
+    Returns:
+        The factors of those that could not be folded. Filters with hardly any weights left have
+        some that are hundreds of times the others, so each is rounded for itself, as steps are.
     """
     makers = {output: node for node in graph.graph.node for output in node.output}
     readers: dict[str, int] = {}
     for node in graph.graph.node:
         for name in node.input:
             readers[name] = readers.get(name, 0) + 1
-    folded = []
+    folded, factors = [], {}
     for node in graph.graph.node:
         if node.op_type != "BatchNormalization":
             continue
@@ -349,6 +353,8 @@ def _fold_norms(
             _redirect(graph, node.output[0], node.input[0])
             folded.append(node)
         else:
+            steps = snap(np.where(factor == 0, 1.0, np.abs(factor)))
+            factors[node.input[1]] = QuantizedTensor(np.sign(factor).astype(np.int32), steps)
             values[node.input[1]] = factor.astype(np.float32)
             values[node.input[2]] = (beta - mean * factor).astype(np.float32)
             values[node.input[3]] = np.zeros_like(values[node.input[3]])
@@ -358,6 +364,7 @@ def _fold_norms(
                     attribute.f = 0.0
     for node in folded:
         graph.graph.node.remove(node)
+    return factors
 
 
 def _scaled(weight: Weight, factor: NDArray[np.float64]) -> Weight:
