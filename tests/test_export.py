@@ -318,6 +318,17 @@ def test_the_decoded_file_gathers_weights_from_their_codebooks(name, n_levels, f
     assert_same(network, tolerance=1e-2)  # so coarse, they leave little of the outputs
 
 
+def test_filters_without_weights_do_not_coarsen_the_factors_of_others():
+    convolution = nn.Conv2d(IMAGES.shape[1], 16, 3, bias=False)
+    norm = nn.BatchNorm2d(16, momentum=1.0)
+    with torch.no_grad():
+        convolution.weight[4:] = 0
+    share_(convolution, convolution.weight.unique().numel())
+    network = nn.Sequential(convolution, norm, nn.Flatten())
+    network(IMAGES)  # where nothing varies, batch-norm divides by hardly anything
+    assert_same(network.eval(), tolerance=0.15)
+
+
 def multiply_kernels_(network):
     """Let kernels of 3 x 3 be multiples of templates that the codec stores; count their layers."""
     generator, n_shared = torch.Generator().manual_seed(0), 0
