@@ -49,16 +49,24 @@ def on_grid(x):
     return signs * torch.from_numpy(codec.snap(x.abs().clamp(min=2.0**-60).numpy()))
 
 
-def storable_(network):
-    """Choose steps, and factors of batch-norm, whose products the codec stores without rounding."""
+def storable_norms_(network):
+    """Choose factors of batch-norm that the codec stores without rounding."""
     with torch.no_grad():
         for module in network.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 deviation = (module.running_var + module.eps).sqrt()
-                module.weight.copy_(on_grid(module.weight / deviation) * deviation)
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                largest = module.weight.flatten(1).abs().amax(dim=1)
-                quantize_(module, on_grid(largest / 2**14))
+                if module.affine:
+                    module.weight.copy_(on_grid(module.weight / deviation) * deviation)
+                else:
+                    module.running_var.copy_(on_grid(deviation).square() - module.eps)
+    return network
+
+
+def storable_(network):
+    """Choose steps, and factors of batch-norm, whose products the codec stores without rounding."""
+    storable_norms_(network)
+    for layer in layers(network).values():
+        quantize_(layer, on_grid(layer.weight.detach().flatten(1).abs().amax(dim=1) / 2**14))
     return network
 
 
@@ -312,7 +320,7 @@ def share_(layer, n_levels, seed=0):
 @pytest.mark.parametrize("n_levels", [4, 30])
 @pytest.mark.parametrize("name", networks.BUILDERS)
 def test_the_decoded_file_gathers_weights_from_their_codebooks(name, n_levels, fine):
-    network = networks.make(name)
+    network = storable_norms_(networks.make(name))
     for layer in layers(network).values():
         share_(layer, min(n_levels, layer.weight.numel()))
     assert_same(network, tolerance=1e-2)  # so coarse, they leave little of the outputs
@@ -372,7 +380,7 @@ def test_codebooks_and_steps_may_stand_side_by_side(case, fine):
 
 
 def test_codebooks_of_both_halves_of_a_projection_are_gathered(fine):
-    network = networks.make("residual")
+    network = storable_norms_(networks.make("residual"))
     for name in ("blocks.0.first.0", "classifier"):
         layer = network.get_submodule(name)
         n_out, n_in = layer.weight.shape[:2]
