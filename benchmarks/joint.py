@@ -3,12 +3,14 @@
     python benchmarks/joint.py RUN [RUN ...] --ratio 20 --data fashion-mnist --data-dir DIR
 
 RUN is the folder of a run of ``filterpress compress``; its trained network is made smaller by
-``joint`` (docs/adr/0028) for a file of that ratio. Ways are ``rounded``, the network that training
-begins with; ``as it is``; ``from inside`` and ``from the edge`` of the cells of their integers, for
-weights to begin at; ``warmer``, which ends at another temperature; ``higher thresholds`` to begin
-with; ``sgd`` in place of ``adamw``; ``slower`` and ``faster`` rates of learning; ``slow price`` and
-``quick price``; ``weights only``. Divergence from the trained network and accuracy are of the
-validation set. Results are printed as JSON and added to ``benchmarks/results/joint.json``.
+``joint`` (docs/adr/0028) for a file of that ratio. Not trained are ``inputs over their range`` and
+``inputs at least error``, where only what layers read is rounded, and ``rounded``, which training
+begins with. Ways of training are ``as it is``; ``from inside`` and ``from the edge`` of the cells
+of their integers, for weights to begin at; ``warmer``, which ends at another temperature; ``higher
+thresholds`` to begin with; ``sgd`` in place of ``adamw``; ``slower`` and ``faster`` rates of
+learning; ``slow price`` and ``quick price``; ``weights only``. Divergence from the trained network
+and accuracy are of the validation set. Results are printed as JSON and added to
+``benchmarks/results/joint.json``.
 """
 
 from __future__ import annotations
@@ -16,16 +18,24 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from comparison import Other, Row, Validation, arguments, compare, goal_of, otherwise
-from torch import nn
+from torch import Tensor, nn
 
-from filterpress import annealing, package, soft_levels
+from filterpress import annealing, package, soft_levels, statistics
+from filterpress.activations import Activated, ActivationQuantizer
 from filterpress.errors import ModelError
-from filterpress.methods.quantize_jointly import JointConfig, begin, quantize_jointly
+from filterpress.grids import best_grid
+from filterpress.methods.quantize_jointly import (
+    JointConfig,
+    begin,
+    input_quantizers,
+    quantize_jointly,
+)
 from filterpress.representations import without_quantization
 from filterpress.surgery import layers
 from filterpress.tasks import Task, calibration
@@ -46,6 +56,36 @@ def inwards(share: float) -> Callable[..., nn.Module]:
         return result
 
     return beginning
+
+
+def least_error(network: nn.Module, images: Tensor, bits: int) -> dict[str, ActivationQuantizer]:
+    """Spread levels over what layers read as squared errors ask for; see `input_quantizers`."""
+    found = {}
+    for name, layer in layers(network).items():
+        with watched(layer) as read:
+            network(images[:256])
+        rows = read[0].flatten()[None, ::16]
+        grid = best_grid(rows, torch.ones_like(rows), bits, symmetric=False)
+        found[name] = ActivationQuantizer(float(grid.step), -int(grid.low), bits)
+    return found
+
+
+@contextmanager
+def watched(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a layer reads."""
+    read: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            yield read
+    finally:
+        hook.remove()
+
+
+RANGES: dict[str, Callable[[nn.Module, Tensor, int], dict[str, ActivationQuantizer]]] = {
+    "inputs over their range": input_quantizers,
+    "inputs at least error": least_error,
+}
 
 
 class Way(NamedTuple):
@@ -75,6 +115,14 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     source = package.load(run / "train")
     validation = Validation(source.network, task)
     goal = goal_of(source, given.ratio)
+    images = calibration(task, JointConfig.images, 0)
+    for name, ranges in RANGES.items():
+        network = statistics.plain_for(source.network, images)
+        for path, quantizer in ranges(network, images, JointConfig.act_bits).items():
+            network.set_submodule(path, Activated(quantizer, layers(network)[path]))
+        measured = validation.measure(network)
+        found = {"divergence": round(measured.divergence, 5)}
+        yield {"way": name, **found, "validation_accuracy": measured.accuracy}
 
     def row(way: str, seed: int, network: nn.Module, notes: dict[str, Any]) -> Row:
         measured = validation.measure(network)
