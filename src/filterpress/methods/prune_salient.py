@@ -11,9 +11,9 @@ that reads a channel, which is cut. Biases and batch-norm stay, and so does the 
 of each layer, but not of each filter: filters of zeros are filters found useless.
 
 Does not help where rounding alone gets there: a weight rounded to zero costs no more than a pruned
-one. At the same bytes and epochs both presets that prune so lose more than the default one but at a
-tenth of ResNet-20, and in ResNet-18 at 350 times fewer bytes, where removing whole filters pays,
-several points more (README, presets compared). Ranking by the size of the weights alone does as
+one. At the same bytes and epochs both presets that prune so lose more than the default one, half a
+point more in ResNet-18 at a hundredth, and nearly three at a 350th, where removing whole filters
+pays (README, presets compared). Ranking by the size of the weights alone does as
 well or better (docs/adr/0024).
 
 Reference:
