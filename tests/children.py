@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
+import signal
+import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -36,6 +39,33 @@ def exit_code(child):
     return child.exitcode
 
 
+def killed_at_change(number, action):
+    """Run an action in a child that is killed just before it changes the disk for the nth time."""
+    code = exit_code(start(_act_until_change, number, action))
+    assert code in {0, -signal.SIGKILL}
+    return code == -signal.SIGKILL
+
+
 def _run(action, *arguments):
     faulthandler.dump_traceback_later(_PATIENCE, exit=True)
     action(*arguments)
+
+
+def _changes_the_disk(event, arguments):
+    if event == "open":
+        return arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    return event in {"os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
+
+
+def _act_until_change(number, action):
+    changes = 0
+
+    def watch(event, arguments):
+        nonlocal changes
+        if _changes_the_disk(event, arguments):
+            changes += 1
+            if changes == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    action()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from tuf.api.metadata import Metadata
 from filterpress.errors import ReleaseError
 from filterpress.release import ceremony, fetch, publish, refresh, rollout, roots
 from filterpress.release.store import DirectoryStore
+from tests.children import killed_at_change
 from tests.release.encoded import network, weight
-from tests.release.test_interruption import killed_at_change
 
 ONLINE = ("release", "rollout", "snapshot", "timestamp")
 TARGET = "models/demo/a/file"
@@ -228,10 +229,7 @@ def test_a_root_whose_publisher_died_on_the_way_is_published_by_the_next(
     killed = 0
     for number in range(1, 100):
         store = str(shutil.copytree(begun, tmp_path / str(number)))
-
-        def publish_root(store=store):
-            roots.publish(people.draft, store=store, keys=people.keys)
-
+        publish_root = partial(roots.publish, people.draft, store=store, keys=people.keys)
         if not killed_at_change(number, publish_root):
             break
         killed += 1

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,35 +19,9 @@ import pytest
 from filterpress.errors import ReleaseError
 from filterpress.release import fetch, latest, publish
 from tests import children
+from tests.children import killed_at_change
 
 OLD, NEW = b"the release before", b"the release after"
-
-
-def _changes_the_disk(event, arguments):
-    if event == "open":
-        return arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    return event in {"os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
-
-
-def killed_at_change(number, action):
-    """Run an action in a child that is killed just before it changes the disk for the nth time."""
-    code = children.exit_code(children.start(_act_until_change, number, action))
-    assert code in {0, -signal.SIGKILL}
-    return code == -signal.SIGKILL
-
-
-def _act_until_change(number, action):
-    changes = 0
-
-    def watch(event, arguments):
-        nonlocal changes
-        if _changes_the_disk(event, arguments):
-            changes += 1
-            if changes == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    action()
 
 
 def _publish_at_once(actions):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,10 @@ from filterpress.errors import BitstreamError, ModelError, ReleaseError
 from filterpress.release import fetch, golden, latest, publish, rollout
 from filterpress.release.channel import Check
 from filterpress.release.transaction import transact
+from tests.children import killed_at_change
 from tests.release.device.fleet import encoded
 from tests.release.encoded import SHAPE, network, weight
 from tests.release.test_attacks import list_again, resign
-from tests.release.test_interruption import killed_at_change
 
 ONE, TWO, THREE = (network(weight(0, moved)) for moved in (0, 0.05, 0.1))
 
@@ -244,7 +245,7 @@ def test_what_was_recalled_can_be_released_again_by_a_recall_forward(channel, ke
 @pytest.mark.parametrize("killed_at", range(1, 40, 3))
 def test_a_recall_killed_anywhere_has_happened_wholly_or_not_at_all(channel, keys, root, killed_at):
     rollout.publish(target_of(TWO), store=channel, keys=keys)
-    killed_at_change(killed_at, lambda: rollout.recall(1, store=channel, keys=keys))
+    killed_at_change(killed_at, partial(rollout.recall, 1, store=channel, keys=keys))
     found = content(channel, root)
     counter = latest(channel, root=root).version
     assert (found["release_counter"], counter) in {(2, 2), (3, 3)}
