@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,26 +60,23 @@ def inwards(share: float) -> Callable[..., nn.Module]:
 
 def least_error(network: nn.Module, images: Tensor, bits: int) -> dict[str, ActivationQuantizer]:
     """Spread levels over what layers read as squared errors ask for; see `input_quantizers`."""
-    found = {}
-    for name, layer in layers(network).items():
-        with watched(layer) as read:
-            network(images[:256])
-        rows = read[0].flatten()[None, ::16]
-        grid = best_grid(rows, torch.ones_like(rows), bits, symmetric=False)
-        found[name] = ActivationQuantizer(float(grid.step), -int(grid.low), bits)
-    return found
+    seen: dict[str, Tensor] = {}
 
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            seen[name] = inputs[0].flatten()[None, ::16]
 
-@contextmanager
-def watched(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a layer reads."""
-    read: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            yield read
-    finally:
-        hook.remove()
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers(network).items():
+            stack.callback(layer.register_forward_pre_hook(look(name)).remove)
+        network(images[:256])
+    grids = {n: best_grid(v, torch.ones_like(v), bits, symmetric=False) for n, v in seen.items()}
+    return {
+        name: ActivationQuantizer(float(grid.step), -int(grid.low), bits)
+        for name, grid in grids.items()
+    }
 
 
 RANGES: dict[str, Callable[[nn.Module, Tensor, int], dict[str, ActivationQuantizer]]] = {
@@ -116,16 +113,18 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
     validation = Validation(source.network, task)
     goal = goal_of(source, given.ratio)
     images = calibration(task, JointConfig.images, 0)
+
+    def measured(network: nn.Module) -> Row:
+        found = validation.measure(network)
+        return {"divergence": round(found.divergence, 5), "validation_accuracy": found.accuracy}
+
     for name, ranges in RANGES.items():
         network = statistics.plain_for(source.network, images)
         for path, quantizer in ranges(network, images, JointConfig.act_bits).items():
             network.set_submodule(path, Activated(quantizer, layers(network)[path]))
-        measured = validation.measure(network)
-        found = {"divergence": round(measured.divergence, 5)}
-        yield {"way": name, **found, "validation_accuracy": measured.accuracy}
+        yield {"way": name, **measured(network)}
 
     def row(way: str, seed: int, network: nn.Module, notes: dict[str, Any]) -> Row:
-        measured = validation.measure(network)
         return {
             "way": way,
             "ratio": given.ratio,
@@ -133,8 +132,7 @@ def rows_of(run: Path, task: Task, given: argparse.Namespace) -> Iterator[Row]:
             "seed": seed,
             "n_bytes": goal.size(network),
             **notes,
-            "divergence": round(measured.divergence, 5),
-            "validation_accuracy": measured.accuracy,
+            **measured(network),
         }
 
     for seed in range(given.seeds):

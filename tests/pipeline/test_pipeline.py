@@ -265,7 +265,8 @@ def asked(spec, function):
 @pytest.mark.parametrize("function", ["train", "prune", "search", "reduce", "retrain"])
 def test_what_trains_asks_for_accelerators_and_nodes_that_have_them(function):
     resources, platform = asked(compiled(), function)
-    count = "check-Output" if function == "prune" else "accelerators"
+    told = {"prune": "check-Output", "reduce": "shrink_accelerators"}
+    count = f"pipelinechannel--{told.get(function, 'accelerators')}'"
     assert count in resources["accelerator"]["resourceCount"]
     assert "node_selector" in str(platform["nodeSelector"])
     assert "tolerations" in str(platform["tolerations"])
